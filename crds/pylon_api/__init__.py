@@ -1,0 +1,1 @@
+"""The contract between Pylon's operator and its trainer."""

@@ -1,0 +1,1 @@
+"""Pylon's Kubernetes operator, its command line and its local run."""

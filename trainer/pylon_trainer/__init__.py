@@ -1,0 +1,1 @@
+"""Pylon's trainer: what runs inside the pods."""
