@@ -1,0 +1,72 @@
+"""Reads manifests for people: YAML in, a validated PylonJob or one line for each mistake out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pylon_api import names
+from pylon_api.job import PylonJob
+
+
+class ManifestError(ValueError):
+    """A manifest cannot be used. `problems` holds one line for each mistake: the field, the value, the fix."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def load_manifest(path: Path) -> PylonJob:
+    """The one PylonJob in a YAML file.
+
+    Raises ManifestError when the file cannot be read, is not YAML, or does not hold exactly one valid PylonJob.
+    """
+    try:
+        documents = [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
+    except OSError as error:
+        raise ManifestError([f"{path}: {error.strerror or error}"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ManifestError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
+    jobs = [d for d in documents if isinstance(d, dict) and d.get("kind") == names.KIND]
+    if len(jobs) != 1:
+        raise ManifestError([f"{path}: holds {len(jobs)} documents of kind {names.KIND}, needs exactly 1"])
+    return parse_job(jobs[0])
+
+
+def parse_job(manifest: dict[str, Any]) -> PylonJob:
+    """A PylonJob from its JSON form. Raises ManifestError with one line for each mistake."""
+    if manifest.get("apiVersion") != names.API_VERSION:
+        raise ManifestError([f"apiVersion: {manifest.get('apiVersion')!r}, should be {names.API_VERSION}"])
+    try:
+        job = PylonJob.model_validate(manifest)
+    except ValidationError as error:
+        raise ManifestError(describe(error)) from error
+    if len(job.metadata.name) > names.MAX_JOB_NAME_LENGTH:
+        raise ManifestError(
+            [
+                f"metadata.name: {job.metadata.name!r} has {len(job.metadata.name)} characters, "
+                f"at most {names.MAX_JOB_NAME_LENGTH} fit (pod host names are made from it)"
+            ]
+        )
+    return job
+
+
+def describe(error: ValidationError) -> list[str]:
+    """pydantic's errors as one line each: `spec.training.batch.sequences: Input should be ... (got 0)`."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"]) or "manifest"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{field}: unknown field")
+        elif problem["type"] == "missing":
+            lines.append(f"{field}: required, but not set")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            value = problem["input"]
+            shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool)) else ""
+            lines.append(f"{field}: {message}{shown}")
+    return lines
