@@ -40,15 +40,14 @@ class FailureRule(Spec):
     Fail: the job ends at once."""
     exit_codes: list[Annotated[int, Field(ge=1, le=255)]] = Field(default=[], max_length=64)
     """Exit codes of the trainer's container. Empty: any."""
-    pod_reasons: list[Annotated[str, StringConstraints(min_length=1, max_length=64)]] = Field(
-        default=[], max_length=32
-    )
+    pod_reasons: list[Annotated[str, StringConstraints(min_length=1, max_length=64)]] = Field(default=[], max_length=32)
     """Reasons of the pod or its container, for example Evicted, OOMKilled, NodeLost, Preempted. Empty: any."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "(has(self.exitCodes) && size(self.exitCodes) > 0) || (has(self.podReasons) && size(self.podReasons) > 0)",
+                "(has(self.exitCodes) && self.exitCodes.size() > 0) || "
+                "(has(self.podReasons) && self.podReasons.size() > 0)",
                 "a rule needs exitCodes or podReasons",
             )
         )
@@ -110,9 +109,10 @@ class PylonJobSpec(Spec):
     suspend: bool = False
     """true saves a checkpoint, deletes the pods and waits; false resumes from that checkpoint."""
     managed_by: QualifiedName = names.MANAGED_BY
-    """Controller that acts on this job; another value than the default makes this operator leave it alone. Immutable."""
+    """Controller that acts on this job; any other value makes this operator leave it alone. Immutable."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=2**31)
-    """Seconds of running time, over all attempts, after which the job fails. Time suspended does not count. Unset: no limit."""
+    """Seconds of running time, over all attempts, after which the job fails; time suspended does not count.
+    Unset: no limit."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=2**31)
     """Seconds after the end when the PylonJob is deleted with all its objects. Unset: it stays."""
     checkpoint_timeout_seconds: int = Field(default=120, ge=0, le=86400)
@@ -132,7 +132,8 @@ class PylonJobSpec(Spec):
             *(
                 # On the parent, with has(): a rule on an optional field itself is skipped when the field comes or goes.
                 rule(
-                    f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
+                    f"has(self.{field}) == has(oldSelf.{field}) && "
+                    f"(!has(self.{field}) || self.{field} == oldSelf.{field})",
                     f"{field} is immutable: delete the job and make another",
                 )
                 for field in (

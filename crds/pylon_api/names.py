@@ -15,7 +15,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 
 FIELD_MANAGER = "pylon-operator"
 MANAGED_BY = f"{GROUP}/operator"
-"""The value of `spec.managedBy` that this operator acts on (the default); any other value hands the job to another controller."""
+"""`spec.managedBy` of the jobs that this operator acts on (the default); any other value names another controller."""
 
 # Labels on every child object and pod.
 LABEL_JOB = f"{GROUP}/job"
@@ -33,7 +33,7 @@ ANNOTATION_TOPOLOGY = f"{GROUP}/topology"
 """JSON list of the pod's topology domains, outermost first; set by the operator once the pod has a node."""
 
 MAX_JOB_NAME_LENGTH = 52
-"""A pod's hostname is `<name>-a<attempt>-<index>` and must fit a 63-character DNS label: 52 leaves room for both numbers."""
+"""A pod's hostname is `<name>-a<attempt>-<index>` and must fit a 63-character DNS label: 52 leaves room for both."""
 
 CONTAINER = "trainer"
 PORT_RENDEZVOUS = 29400

@@ -111,7 +111,7 @@ class TrainerStatus(Report):
 
 
 class TerminationReport(Report):
-    """The pod's termination message (JSON, below Kubernetes' 4096 bytes): why it ended, for a person and for the policy."""
+    """The pod's termination message (JSON, below Kubernetes' 4096 bytes): why it ended."""
 
     exit_code: int
     """Exit code of the pod; pylon_api.names.ExitCode names those of ours."""

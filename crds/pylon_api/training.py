@@ -53,18 +53,14 @@ class ModelSpec(Spec):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("self.hiddenSize % (self.heads * 2) == 0", "hiddenSize must be divisible by 2 x heads"),
-            rule(
-                "!has(self.kvHeads) || self.heads % self.kvHeads == 0", "heads must be divisible by kvHeads"
-            ),
+            rule("!has(self.kvHeads) || self.heads % self.kvHeads == 0", "heads must be divisible by kvHeads"),
         )
     )
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
         if self.hidden_size % (2 * self.heads):
-            raise ValueError(
-                f"hiddenSize {self.hidden_size} must be divisible by 2 x heads ({2 * self.heads})"
-            )
+            raise ValueError(f"hiddenSize {self.hidden_size} must be divisible by 2 x heads ({2 * self.heads})")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be divisible by kvHeads {self.kv_heads}")
         return self
@@ -233,7 +229,7 @@ class GatingSpec(Spec):
     """Confidence-gated gradient routing: which tokens the backward pass through the head is spent on."""
 
     strategy: GatingStrategy = GatingStrategy.OFF
-    """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Off: every token carries gradient."""
+    """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Off: all tokens carry gradient."""
     selection: GatingSelection = GatingSelection.SAMPLED
     """Sampled: drawn with probability proportional to the score and weighted by its inverse, so that the gradient is
     unbiased. Top: the highest scores only, which is biased."""

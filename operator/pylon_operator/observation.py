@@ -131,15 +131,7 @@ class EmitEvent:
     message: str
 
 
-Action = (
-    CreateAttempt
-    | DeleteAttempt
-    | ForceDeletePod
-    | AnnotateTopology
-    | RequestCheckpoint
-    | DeleteJob
-    | EmitEvent
-)
+Action = CreateAttempt | DeleteAttempt | ForceDeletePod | AnnotateTopology | RequestCheckpoint | DeleteJob | EmitEvent
 
 
 @dataclass(frozen=True, slots=True)

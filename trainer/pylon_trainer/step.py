@@ -30,16 +30,14 @@ class Batch:
 
     def split(self, sequences: int) -> list[Batch]:
         """Micro-batches of at most this many sequences."""
-        documents = (
-            [None] * -(-len(self.tokens_BT) // sequences)
-            if self.documents_BT is None
-            else self.documents_BT.split(sequences)
-        )
+        documents_BT = self.documents_BT
         return [
-            Batch(tokens, labels, part)
-            for tokens, labels, part in zip(
-                self.tokens_BT.split(sequences), self.labels_BT.split(sequences), documents, strict=True
+            Batch(
+                self.tokens_BT[start : start + sequences],
+                self.labels_BT[start : start + sequences],
+                None if documents_BT is None else documents_BT[start : start + sequences],
             )
+            for start in range(0, len(self.tokens_BT), sequences)
         ]
 
     def to(self, device: torch.device) -> Batch:
