@@ -65,7 +65,7 @@ class Patience:
         """
         if retry_after is not None and retry_after.isdigit():
             return min(float(retry_after), 60) + random.uniform(0, self.backoff_seconds)  # noqa: S311
-        bound = min(self.backoff_seconds * 2 ** (attempt - 1), self.backoff_limit_seconds)
+        bound = min(self.backoff_seconds * 2 ** min(attempt - 1, 30), self.backoff_limit_seconds)
         return random.uniform(0, bound)  # noqa: S311
 
 

@@ -46,6 +46,11 @@ class DueSet(Generic[K]):
         """How long the longest of the present reconciles has been at it; 0 when none is."""
         return time.monotonic() - min(self._running.values(), default=time.monotonic())
 
+    def overdue_seconds(self) -> float:
+        """How long the most overdue key has waited for a worker; 0 when none has."""
+        now = time.monotonic()
+        return max((now - when for key, when in self._due.items() if key not in self._running and when < now), default=0.0)
+
     @asynccontextmanager
     async def take(self) -> AsyncIterator[K]:
         """Wait for a key that is due and that nobody works on, and hold it for the length of the block."""

@@ -14,13 +14,12 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from pylon_operator import metrics
-from pylon_operator.api import Api, Resource
+from pylon_operator.api import Api
 from pylon_operator.api_errors import AlreadyExists, ApiError, Conflict, NotFound
+from pylon_operator.kinds import LEASES
 from pylon_operator.permissions import LEASE
 
 logger = logging.getLogger(__name__)
-
-LEASES = Resource("coordination.k8s.io/v1", "leases", "Lease")
 
 
 class LeaseLost(Exception):

@@ -1,8 +1,8 @@
 """Builds the Kubernetes objects of one attempt. Pure: same job and attempt, same objects, and nothing is looked up.
 
-One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration), a Secret (the
-token that guards POST /checkpoint) and one Indexed Job, all named `<job>-a<attempt>` and owned by the PylonJob. The Job
-comes last, so that whoever sees a Job knows that the rest was created before it.
+One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration) and one Indexed
+Job, all named `<job>-a<attempt>`; a Secret (the token that guards POST /checkpoint) is shared by all attempts. All are owned
+by the PylonJob. The Job comes last, so that whoever sees a Job knows that the rest was created before it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,26 @@ USER_ID = 65532
 
 
 def attempt_name(job_name: str, attempt: int) -> str:
-    """Name of the attempt's Job, Service, ConfigMap and Secret."""
+    """Name of the attempt's Job, Service and ConfigMap."""
     return f"{job_name}-a{attempt}"
+
+
+def token_secret_name(job: PylonJob) -> str:
+    """Name of the Secret that all attempts of this very job share.
+
+    The uid is in it because the operator may not read Secrets: it could not tell a leftover of an earlier job of the
+    same name, about to be collected, from its own.
+    """
+    return f"{job.metadata.name}-{job.metadata.uid[:8]}"
+
+
+def token_secret_name(job: PylonJob) -> str:
+    """Name of the Secret that all attempts of this very job share.
+
+    The uid is in it because the operator may not read Secrets: it could not tell its own from a leftover of an earlier
+    job of the same name that is about to be collected.
+    """
+    return f"{job.metadata.name}-{job.metadata.uid[:8]}"
 
 
 def token_for(key: bytes, uid: str) -> str:
@@ -75,17 +93,19 @@ def build_attempt(job: PylonJob, attempt: int, *, default_image: str, token: str
     Raises TemplateError when spec.template cannot be merged.
     """
     config = json.dumps(run_config(job, attempt).to_wire(), indent=2, sort_keys=True)
-    secret = base64.b64encode(token.encode()).decode()
+    token_data = {names.TOKEN_FILE: base64.b64encode(token.encode()).decode()}
     template = _pod_template(job, attempt, default_image)
     return [
         _object(job, attempt, "v1", "Service", spec=_service_spec(job, attempt)),
         _object(job, attempt, "v1", "ConfigMap", immutable=True, data={names.CONFIG_FILE: config}),
-        _object(job, attempt, "v1", "Secret", immutable=True, type="Opaque", data={names.TOKEN_FILE: secret}),
+        _object(job, attempt, "v1", "Secret", name=token_secret_name(job), immutable=True, type="Opaque", data=token_data),
         _object(job, attempt, "batch/v1", "Job", spec=_job_spec(job.spec, template)),
     ]
 
 
-def _object(job: PylonJob, attempt: int, api_version: str, kind: str, **content: Any) -> Object:
+def _object(
+    job: PylonJob, attempt: int, api_version: str, kind: str, *, name: str | None = None, **content: Any
+) -> Object:
     owner = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -96,7 +116,7 @@ def _object(job: PylonJob, attempt: int, api_version: str, kind: str, **content:
         "blockOwnerDeletion": False,
     }
     metadata = {
-        "name": attempt_name(job.metadata.name, attempt),
+        "name": name or attempt_name(job.metadata.name, attempt),
         "namespace": job.metadata.namespace,
         "labels": labels_for(job, attempt),
         "ownerReferences": [owner],
@@ -144,6 +164,7 @@ def _pod_spec(job: PylonJob, attempt: int, default_image: str) -> Object:
     spec = job.spec
     name = attempt_name(job.metadata.name, attempt)
     shm_gib = SHM_GIB + SHM_GIB_PER_GPU * spec.gpus_per_node
+    token_secret = token_secret_name(job)
     priority = spec.scheduling.priority_class_name
     topology = {
         "path": names.TOPOLOGY_FILE,
@@ -164,7 +185,7 @@ def _pod_spec(job: PylonJob, attempt: int, default_image: str) -> Object:
         "containers": [_container(spec, name, spec.image or default_image)],
         "volumes": [
             {"name": "config", "configMap": {"name": name}},
-            {"name": "token", "secret": {"secretName": name}},
+            {"name": "token", "secret": {"secretName": token_secret}},
             # A volume, because env is fixed before the operator knows the node; never a subPath, which is not updated.
             {"name": "topology", "downwardAPI": {"items": [topology]}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shm_gib}Gi"}},
