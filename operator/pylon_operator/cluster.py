@@ -46,7 +46,7 @@ from pylon_operator.observation import (
     PodView,
     RequestCheckpoint,
 )
-from pylon_operator.rank0 import Rank0s, Target
+from pylon_operator.poll import Poller, Target
 from pylon_operator.resources import attempt_name, build_attempt, token_for
 from pylon_operator.store import JobKey, Store
 from pylon_operator.views import attempt_view, pod_view
@@ -98,7 +98,7 @@ class KubernetesCluster:
         self,
         api: Api,
         children: Children,
-        rank0s: Rank0s,
+        poller: Poller,
         events: EventPoster,
         *,
         default_image: str,
@@ -106,7 +106,7 @@ class KubernetesCluster:
     ) -> None:
         self._api = api
         self._children = children
-        self._rank0s = rank0s
+        self._poller = poller
         self._events = events
         self._default_image = default_image
         self._token_key = token_key
@@ -137,7 +137,7 @@ class KubernetesCluster:
                 for view, pods in self._children.jobs.of(uid).values()
             ),
             pods=tuple(self._children.pods.of(uid).values()),
-            trainer=self._rank0s.status(uid, status.attempt),
+            trainer=self._poller.status(uid, status.attempt),
             namespace_terminating=time.monotonic() < self._terminating.get(namespace, 0),
             missing_children=self._missing(job),
         )
@@ -164,15 +164,15 @@ class KubernetesCluster:
         stored = job.status.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
         await self._patch_status(job.metadata, merge_patch(stored, status.to_wire()))
 
-    async def report(self, namespace: str, name: str, status: ConditionStatus, reason: Reason, message: str) -> None:
-        """Show on a PylonJob, valid or not, why nothing goes on: condition Succeeded, if it does not say so already."""
+    async def report_invalid(self, namespace: str, name: str, problems: list[str]) -> None:
+        """Show on a PylonJob that cannot be parsed what is wrong with it: condition Succeeded, unless it says so already."""
         try:
             found = await self._api.request("GET", PYLON_JOBS.path(namespace, name))
         except NotFound:
             return
         metadata = ObjectMeta.model_validate(found["metadata"])
         conditions = (found.get("status") or {}).get("conditions") or []
-        told = with_succeeded(conditions, status, reason, message, metadata.generation, datetime.now(UTC))
+        told = with_invalid(conditions, "; ".join(problems), metadata.generation, datetime.now(UTC))
         if told != conditions:
             await self._patch_status(metadata, {"conditions": told, "observedGeneration": metadata.generation})
 
@@ -187,6 +187,17 @@ class KubernetesCluster:
 
     async def apply(self, job: PylonJob, action: Action) -> None:
         """See `reconcile.Cluster`."""
+        try:
+            await self._apply(job, action)
+        except NamespaceTerminating:
+            self._terminating[job.metadata.namespace] = time.monotonic() + TERMINATING_SECONDS
+            raise
+        except Forbidden as error:
+            raise Refused(Reason.FORBIDDEN, str(error)) from error
+        except Invalid as error:
+            raise Refused(Reason.INVALID_SPEC, str(error)) from error
+
+    async def _apply(self, job: PylonJob, action: Action) -> None:
         namespace = job.metadata.namespace
         match action:
             case CreateAttempt(attempt):
@@ -200,7 +211,8 @@ class KubernetesCluster:
             case AnnotateTopology(pod, uid, node):
                 await self._annotate(job, pod, uid, node)
             case RequestCheckpoint(ip):
-                await self._rank0s.request_checkpoint(ip, token_for(self._token_key, job.metadata.uid))
+                if not await self._poller.request_checkpoint(ip, token_for(self._token_key, job.metadata.uid)):
+                    logger.warning("rank 0 did not take the request to save", extra=_about(job))
             case DeleteJob(uid):
                 await self._delete(PYLON_JOBS, namespace, job.metadata.name, uid)
             case EmitEvent():
@@ -215,30 +227,22 @@ class KubernetesCluster:
         resource = BY_KIND[obj["kind"]]
         namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
         store = self._children.by_resource.get(resource)
-        try:
-            if store is None or name not in store.of(job.metadata.uid):
-                try:
-                    query = {"fieldManager": names.FIELD_MANAGER}
-                    created = await self._api.request("POST", resource.path(namespace), query=query, body=obj)
-                    if store is not None:
-                        store.written(created)
+        if store is None or name not in store.of(job.metadata.uid):
+            try:
+                query = {"fieldManager": names.FIELD_MANAGER}
+                created = await self._api.request("POST", resource.path(namespace), query=query, body=obj)
+                if store is not None:
+                    store.written(created)
+                return
+            except AlreadyExists:
+                if store is None:  # the Secret: its name holds the uid of the job, and it may not be read
                     return
-                except AlreadyExists:
-                    if store is None:  # the Secret: its name holds the uid of the job, and it may not be read
-                        return
-                    found = await self._api.request("GET", resource.path(namespace, name))
-                    _check_owner(job, found)
-                    store.written(found)
-            if obj["kind"] in REPAIRABLE:
-                assert store is not None
-                store.written(await self._repair(resource, obj))
-        except NamespaceTerminating:
-            self._terminating[namespace] = time.monotonic() + TERMINATING_SECONDS
-            raise
-        except Forbidden as error:
-            raise Refused(Reason.FORBIDDEN, f"{obj['kind']} {name} cannot be created: {error.message}") from error
-        except Invalid as error:
-            raise Refused(Reason.INVALID_SPEC, f"{obj['kind']} {name} is not valid: {error.message}") from error
+                found = await self._api.request("GET", resource.path(namespace, name))
+                _check_owner(job, found)
+                store.written(found)
+        if obj["kind"] in REPAIRABLE:
+            assert store is not None
+            store.written(await self._repair(resource, obj))
 
     async def _repair(self, resource: Resource, obj: Object) -> Object:
         metadata = {key: obj["metadata"][key] for key in ("name", "namespace", "labels", "ownerReferences")}
@@ -304,28 +308,20 @@ class KubernetesCluster:
         return labels
 
 
-def with_succeeded(
-    conditions: list[Object],
-    status: ConditionStatus,
-    reason: Reason,
-    message: str,
-    generation: int,
-    now: datetime,
-) -> list[Object]:
-    """`conditions` (as they stand in JSON) with Succeeded saying this; the same list when it already does."""
+def with_invalid(conditions: list[Object], message: str, generation: int, now: datetime) -> list[Object]:
+    """`conditions` (as they stand in JSON) with Succeeded=False, InvalidSpec; the same list when it says so already."""
     old = next((c for c in conditions if c["type"] == ConditionType.SUCCEEDED), {})
     new = {
         "type": ConditionType.SUCCEEDED.value,
-        "status": status.value,
-        "reason": reason.value,
+        "status": ConditionStatus.FALSE.value,
+        "reason": Reason.INVALID_SPEC.value,
         "message": message,
         "observedGeneration": generation,
     }
     if old | new == old:
         return conditions
-    since = old["lastTransitionTime"] if old.get("status") == status else now.isoformat(timespec="seconds")
-    others = [c for c in conditions if c["type"] != ConditionType.SUCCEEDED]
-    return [*others, new | {"lastTransitionTime": since}]
+    since = old["lastTransitionTime"] if old.get("status") == new["status"] else now.isoformat(timespec="seconds")
+    return [*(c for c in conditions if c is not old), new | {"lastTransitionTime": since}]
 
 
 def _check_owner(job: PylonJob, found: Object) -> None:
@@ -338,6 +334,10 @@ def _check_owner(job: PylonJob, found: Object) -> None:
     if any((owner["kind"], owner["name"]) == (names.KIND, job.metadata.name) for owner in owners):
         raise Conflict("POST", what, "belongs to an earlier job of this name and is about to be collected", 409)
     raise Refused(Reason.FORBIDDEN, f"{what} exists and is not this job's: delete it or rename the job")
+
+
+def _about(job: PylonJob) -> dict[str, object]:
+    return {"job": f"{job.metadata.namespace}/{job.metadata.name}", "attempt": job.status.attempt}
 
 
 def _uid(obj: Object) -> str:

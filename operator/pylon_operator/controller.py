@@ -13,9 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from pylon_api.job import ConditionStatus
 from pylon_api.manifest import ManifestError
-from pylon_api.names import Reason
 from pylon_operator import metrics
 from pylon_operator.api import Patience
 from pylon_operator.api_errors import ApiError, Conflict, Forbidden
@@ -90,10 +88,10 @@ class Controller:
             logger.debug("someone else wrote first, looking again: %s", error, extra=about)
             return "conflict", CONFLICT_PATIENCE.wait_seconds(self._failed(key))
         except ManifestError as error:
-            return await self._report(key, ConditionStatus.FALSE, Reason.INVALID_SPEC, "; ".join(error.problems))
+            return await self._report(key, error.problems)
         except Forbidden as error:
             logger.error("a permission is missing: %s", error, extra=about)
-            return await self._report(key, ConditionStatus.UNKNOWN, Reason.FORBIDDEN, str(error))
+            return "forbidden", FORBIDDEN_SECONDS
         except ApiError as error:
             logger.warning("the reconcile failed and is tried again: %s", error, extra=about)
             return "error", PATIENCE.wait_seconds(self._failed(key))
@@ -108,16 +106,14 @@ class Controller:
         resync = RESYNC_SECONDS * random.uniform(0.9, 1.1)  # noqa: S311
         return "done", min(after_seconds if after_seconds is not None else resync, resync)
 
-    async def _report(
-        self, key: JobKey, status: ConditionStatus, reason: Reason, message: str
-    ) -> tuple[str, float | None]:
-        """Say on the job why it does not go on. An invalid one is left alone until it changes."""
+    async def _report(self, key: JobKey, problems: list[str]) -> tuple[str, float | None]:
+        """Say on an invalid job what is wrong with it, and leave it alone until it changes."""
         try:
-            await self._cluster.report(*key, status, reason, message)
+            await self._cluster.report_invalid(*key, problems)
         except ApiError as error:
-            logger.warning("%s could not be shown on the job: %s", reason, error, extra={"job": "/".join(key)})
+            logger.warning("an invalid job could not be told so: %s", error, extra={"job": "/".join(key)})
             return "error", PATIENCE.wait_seconds(self._failed(key))
-        return reason.value, FORBIDDEN_SECONDS if reason is Reason.FORBIDDEN else None
+        return "invalid", None
 
     def _failed(self, key: JobKey) -> int:
         self._failures[key] += 1

@@ -27,9 +27,9 @@ from pylon_operator.events import EventPoster
 from pylon_operator.handlers import watch_jobs
 from pylon_operator.kinds import CONFIG_MAPS, SERVICES
 from pylon_operator.lease import Lease, LeaseLost
+from pylon_operator.poll import Poller
 from pylon_operator.preflight import PreflightError, check_cluster
 from pylon_operator.probes import serve_probes
-from pylon_operator.rank0 import Rank0s
 from pylon_operator.store import JobKey
 from pylon_operator.token_key import TokenKeyError, ensure_token_key, read_token_key
 from pylon_operator.watch import Watch
@@ -135,9 +135,9 @@ class _Operator:
         file = options.token_key_file
         key = read_token_key(file) if file else await ensure_token_key(api, options.own_namespace)
         children = Children(lambda job: self._due.mark(job, CHILD_DELAY_SECONDS))
-        rank0s = await stack.enter_async_context(Rank0s(self._due.mark, poll_seconds=options.poll_seconds))
+        poller = await stack.enter_async_context(Poller(self._due.mark, poll_seconds=options.poll_seconds))
         events = EventPoster(api, self._identity)
-        cluster = KubernetesCluster(api, children, rank0s, events, default_image=options.image, token_key=key)
+        cluster = KubernetesCluster(api, children, poller, events, default_image=options.image, token_key=key)
         self._watches = [
             Watch(api, resource, store, namespace=namespace, metadata_only=resource in (SERVICES, CONFIG_MAPS))
             for resource, store in children.by_resource.items()
@@ -150,7 +150,7 @@ class _Operator:
         self._controller = Controller(cluster, self._due)
         group.create_task(self._controller.run())
         group.create_task(events.run())
-        group.create_task(rank0s.run(cluster.targets))
+        group.create_task(poller.run(cluster.targets))
         logger.info("working", extra={"namespaces": ",".join(options.namespaces) or "all"})
 
     def _alive(self) -> Iterator[str]:

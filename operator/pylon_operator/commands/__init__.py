@@ -1,1 +1,1 @@
-"""The subcommands of `pylon`, one module each; each exports its click command as `command`."""
+"""Subcommands of `pylon`, one module each; `pylon_operator.cli` loads them by name when they are asked for."""
