@@ -114,9 +114,9 @@ class Api:
     ) -> dict[str, Any]:
         """The answer's JSON object.
 
-        Every request that Pylon makes may be sent twice (applies, preconditions, creates that tolerate AlreadyExists), so
-        lost connections, 429 and 5xx are retried. Raises ApiError, Unreachable when the tries are used up, and whatever
-        `fence` raises; `fenced=False` skips the fence, for the one writer that it rests on.
+        Every request that Pylon makes may be sent twice (applies, preconditions, creates that tolerate
+        AlreadyExists), so lost connections, 429 and 5xx are retried. Raises ApiError, Unreachable when the tries are
+        used up, and whatever `fence` raises; `fenced=False` skips the fence, for the one writer that it rests on.
         """
         if fenced and verb not in ("GET",):
             self.fence()
@@ -154,8 +154,8 @@ class Api:
     ) -> AsyncIterator[dict[str, Any]]:
         """The JSON objects of a watch, until the server ends it.
 
-        Raises ApiError, and Unreachable when the connection breaks or no byte came for `silence_seconds`. Never retries:
-        only the watch knows from which version to go on.
+        Raises ApiError, and Unreachable when the connection breaks or no byte came for `silence_seconds`. Never
+        retries: only the watch knows from which version to go on.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence_seconds)
         url = self._credentials.server + path

@@ -62,7 +62,14 @@ class Invalid(ApiError):
     """It does not parse, or a schema or rule says no."""
 
 
-_BY_STATUS: dict[int, type[ApiError]] = {400: Invalid, 403: Forbidden, 404: NotFound, 409: Conflict, 410: Gone, 422: Invalid}
+_BY_STATUS: dict[int, type[ApiError]] = {
+    400: Invalid,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    410: Gone,
+    422: Invalid,
+}
 
 
 def error_of(verb: str, path: str, status: int, content: bytes) -> ApiError:

@@ -1,8 +1,8 @@
 """The only place that reads and writes Kubernetes objects of jobs: `reconcile.Cluster` over the API server.
 
 Reads are of two kinds: the PylonJob itself is asked for each time, pods and children come from what the watches keep.
-Each write either has a precondition (a version, a uid) or fails when the name is taken, so that neither a stale cache nor a
-second operator can do harm, and each answer goes into the store, so that the next decision sees it.
+Each write either has a precondition (a version, a uid) or fails when the name is taken, so that neither a stale cache
+nor a second operator can do harm, and each answer goes into the store, so that the next decision sees it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ REPAIRABLE: dict[str, tuple[str, ...]] = {
     "Service": ("selector", "ports", "publishNotReadyAddresses"),
     "Job": ("parallelism", "completions", "backoffLimit"),
 }
-"""Fields of spec that others can change and that are put back. Everything else is immutable, or not ours (Kueue's suspend)."""
+"""Fields of spec that others can change and that are put back. Everything else is immutable, or not ours (Kueue's
+suspend).
+"""
 NODE_LABELS_SECONDS = 600
 """How long a node's labels are taken as known."""
 TERMINATING_SECONDS = 60
@@ -118,7 +120,9 @@ class KubernetesCluster:
     # Reads
 
     async def observe(self, namespace: str, name: str) -> Observed | None:
-        """See `reconcile.Cluster`. Raises ManifestError for a PylonJob that the CRD let through and the models do not."""
+        """See `reconcile.Cluster`. Raises ManifestError for a PylonJob that the CRD let through and the models do
+        not.
+        """
         try:
             found = await self._api.request("GET", PYLON_JOBS.path(namespace, name))
         except NotFound:
@@ -165,7 +169,9 @@ class KubernetesCluster:
         await self._patch_status(job.metadata, merge_patch(stored, status.to_wire()))
 
     async def report_invalid(self, namespace: str, name: str, problems: list[str]) -> None:
-        """Show on a PylonJob that cannot be parsed what is wrong with it: condition Succeeded, unless it says so already."""
+        """Show on a PylonJob that cannot be parsed what is wrong with it: condition Succeeded, unless it says so
+        already.
+        """
         try:
             found = await self._api.request("GET", PYLON_JOBS.path(namespace, name))
         except NotFound:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Hashable
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
-from collections.abc import AsyncIterator
 from typing import Generic, TypeVar
 
 from pylon_operator import metrics
@@ -48,8 +47,8 @@ class DueSet(Generic[K]):
 
     def overdue_seconds(self) -> float:
         """How long the most overdue key has waited for a worker; 0 when none has."""
-        now = time.monotonic()
-        return max((now - when for key, when in self._due.items() if key not in self._running and when < now), default=0.0)
+        waiting = (when for key, when in self._due.items() if key not in self._running)
+        return max(0.0, time.monotonic() - min(waiting, default=float("inf")))
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[K]:

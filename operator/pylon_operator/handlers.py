@@ -1,7 +1,7 @@
 """The kopf side: watches PylonJobs and marks each one that moved as due. Nothing else.
 
-No change handlers, timers, daemons or finalizers: those are edge-triggered, patch annotations onto the objects, and block
-deletion while the operator is down. Peering is off, since a Lease elects; posting is off, since `events` posts.
+No change handlers, timers, daemons or finalizers: those are edge-triggered, patch annotations onto the objects, and
+block deletion while the operator is down. Peering is off, since a Lease elects; posting is off, since `events` posts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def build_registry(mark: Callable[[JobKey], None], credentials: Credentials) -> 
     @kopf.on.login(registry=registry)
     def log_in(**_: Any) -> kopf.ConnectionInfo:
         configuration = credentials.configuration
-        scheme, _, token = (credentials.authorization() or "").partition(" ")
+        scheme, token = [*(credentials.authorization() or "").split(" ", 1), "", ""][:2]
         return kopf.ConnectionInfo(
             server=credentials.server,
             ca_path=configuration.ssl_ca_cert,
@@ -45,7 +45,8 @@ def build_registry(mark: Callable[[JobKey], None], credentials: Credentials) -> 
         )
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
-    async def job_moved(namespace: str, name: str, **_: Any) -> None:
+    async def job_moved(namespace: str | None, name: str, **_: Any) -> None:
+        assert namespace is not None, "PylonJobs are namespaced"
         mark((namespace, name))
 
     return registry
@@ -72,9 +73,7 @@ def build_settings() -> kopf.OperatorSettings:
     return settings
 
 
-async def watch_jobs(
-    mark: Callable[[JobKey], None], credentials: Credentials, namespaces: tuple[str, ...]
-) -> None:
+async def watch_jobs(mark: Callable[[JobKey], None], credentials: Credentials, namespaces: tuple[str, ...]) -> None:
     """Watch PylonJobs in `namespaces` (none: all) until SIGTERM or SIGINT, which kopf takes over."""
     await kopf.operator(
         registry=build_registry(mark, credentials),

@@ -1,7 +1,7 @@
 """What the operator may do to the API server: one table that start-up checks and the chart's roles mirror.
 
-Reading or deleting a Secret is not in it, but for reading the operator's own key: nobody should have to trust an operator
-with every credential of a cluster.
+Reading or deleting a Secret is not in it, but for reading the operator's own key: nobody should have to trust an
+operator with every credential of a cluster.
 """
 
 from __future__ import annotations

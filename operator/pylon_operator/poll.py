@@ -1,7 +1,7 @@
 """Asks rank 0 of every running job how far it is, and marks the job as due when the answer is worth a write.
 
-That is at once for what people wait for (phase, checkpoint, notices), and seldom for a step count that moves all the time.
-A trainer that does not answer is never the reason that a job fails.
+That is at once for what people wait for (phase, checkpoint, notices), and seldom for a step count that moves all the
+time. A trainer that does not answer is never the reason that a job fails.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ async def serve_probes(
 
 
 def _answer(complaints: Complaints) -> Handler:
-    async def answer(request: web.Request) -> web.Response:
+    async def answer(_: web.Request) -> web.Response:
         found = list(complaints())
         return web.Response(status=503 if found else 200, text="\n".join(found) or "ok")
 
@@ -61,7 +61,7 @@ def _answer(complaints: Complaints) -> Handler:
 
 
 def _scrape(refresh: Callable[[], None]) -> Handler:
-    async def scrape(request: web.Request) -> web.Response:
+    async def scrape(_: web.Request) -> web.Response:
         refresh()
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

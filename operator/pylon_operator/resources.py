@@ -1,8 +1,9 @@
 """Builds the Kubernetes objects of one attempt. Pure: same job and attempt, same objects, and nothing is looked up.
 
-One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration) and one Indexed
-Job, all named `<job>-a<attempt>`; a Secret (the token that guards POST /checkpoint) is shared by all attempts. All are owned
-by the PylonJob. The Job comes last, so that whoever sees a Job knows that the rest was created before it.
+One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration) and one
+Indexed Job, all named `<job>-a<attempt>`; a Secret (the token that guards POST /checkpoint) is shared by all
+attempts. All are owned by the PylonJob. The Job comes last, so that whoever sees a Job knows that the rest was
+created before it.
 """
 
 from __future__ import annotations
@@ -37,15 +38,6 @@ USER_ID = 65532
 def attempt_name(job_name: str, attempt: int) -> str:
     """Name of the attempt's Job, Service and ConfigMap."""
     return f"{job_name}-a{attempt}"
-
-
-def token_secret_name(job: PylonJob) -> str:
-    """Name of the Secret that all attempts of this very job share.
-
-    The uid is in it because the operator may not read Secrets: it could not tell a leftover of an earlier job of the
-    same name, about to be collected, from its own.
-    """
-    return f"{job.metadata.name}-{job.metadata.uid[:8]}"
 
 
 def token_secret_name(job: PylonJob) -> str:
@@ -104,7 +96,9 @@ def build_attempt(job: PylonJob, attempt: int, *, default_image: str, token: str
     return [
         _object(job, attempt, "v1", "Service", spec=_service_spec(job, attempt)),
         _object(job, attempt, "v1", "ConfigMap", immutable=True, data={names.CONFIG_FILE: config}),
-        _object(job, attempt, "v1", "Secret", name=token_secret_name(job), immutable=True, type="Opaque", data=token_data),
+        _object(
+            job, attempt, "v1", "Secret", name=token_secret_name(job), immutable=True, type="Opaque", data=token_data
+        ),
         _object(job, attempt, "batch/v1", "Job", spec=_job_spec(job.spec, template)),
     ]
 

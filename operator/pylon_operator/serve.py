@@ -41,9 +41,6 @@ STALE_WATCH_SECONDS = 600
 CHILD_DELAY_SECONDS = 0.1
 """Pods of a gang move together; waiting a moment after one moved makes one reconcile of many."""
 
-OK, UNAVAILABLE, LEASE_LOST, CONFIG = 0, 69, 75, 78
-"""Exit codes, after sysexits(3); a missing permission is 77."""
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -64,31 +61,46 @@ class _Stop(Exception):
     """SIGTERM or SIGINT."""
 
 
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (LeaseLost, 75),
+    (CredentialsError, 78),
+    (TokenKeyError, 78),
+    (ApiError, 69),
+    (OSError, 78),  # a port in use
+    (_Stop, 0),
+)
+"""After sysexits(3), worst first; a failed preflight brings its own."""
+
+
 async def serve(options: Options) -> int:
-    """Run until told to stop; the exit code."""
+    """Run until told to stop. The exit code; what is foreseen is one line in the log, anything else is raised."""
     try:
         await _Operator(options).run()
-    except* _Stop:
-        return OK
-    except* PreflightError as group:
-        return _fail(group, next(e.exit_code for e in group.exceptions if isinstance(e, PreflightError)))
-    except* (CredentialsError, TokenKeyError) as group:
-        return _fail(group, CONFIG)
-    except* LeaseLost as group:
-        return _fail(group, LEASE_LOST)
-    except* ApiError as group:
-        return _fail(group, UNAVAILABLE)
-    except* OSError as group:  # a port in use
-        return _fail(group, CONFIG)
-    return OK
+    except (ExceptionGroup, CredentialsError) as failure:
+        for error, code in _foreseen(failure):
+            if code:
+                logger.error("%s", error, extra={"exit_code": code})
+            return code
+        raise
+    return 0
 
 
-def _fail(group: BaseExceptionGroup[Exception], code: int) -> int:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    logger.error("%s", error, extra={"exit_code": code})
-    return code
+def _foreseen(failure: Exception) -> Iterator[tuple[Exception, int]]:
+    """Every error in `failure` that has an exit code, worst first."""
+    errors = list(_leaves(failure))
+    for error in errors:
+        if isinstance(error, PreflightError):
+            yield error, error.exit_code
+    for kind, code in EXIT_CODES:
+        yield from ((error, code) for error in errors if isinstance(error, kind))
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 class _Operator:

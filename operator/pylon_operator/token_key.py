@@ -1,4 +1,5 @@
-"""The key that job tokens are derived from: 32 random bytes that outlive the operator, so that it need not read tokens back.
+"""The key that job tokens are derived from: 32 random bytes that outlive the operator, so that it need not read
+tokens back.
 
 It is kept in a Secret of the operator's own namespace, the only one that the operator may read, or in a file.
 """
@@ -58,5 +59,7 @@ async def ensure_token_key(api: Api, namespace: str) -> bytes:
 
 def _checked(key: bytes, where: str) -> bytes:
     if len(key) < MIN_BYTES:
-        raise TokenKeyError(f"{where}: the key has {len(key)} bytes, needs at least {MIN_BYTES}; delete it to get a new one")
+        raise TokenKeyError(
+            f"{where}: the key has {len(key)} bytes, needs at least {MIN_BYTES}; delete it to get a new one"
+        )
     return key

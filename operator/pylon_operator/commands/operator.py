@@ -58,7 +58,8 @@ def operator_command(
 ) -> None:
     """Run the operator until SIGTERM.
 
-    Exit codes: 0 stopped, 69 API server unreachable, 75 lease lost, 77 permission missing, 78 CRD missing or bad option.
+    Exit codes: 0 stopped, 69 API server unreachable, 75 lease lost, 77 permission missing, 78 CRD missing or bad
+    option.
     """
     configure_logs(cast(LogFormat, log_format))
     options = Options(
