@@ -2,7 +2,7 @@
 
 pydantic speaks JSON Schema 2020-12; the API server takes structural OpenAPI v3. Whatever has no faithful translation (a
 real union, a recursive model) raises here instead of becoming a schema that means something else. The result holds no
-`nullable`: the API server then prunes an explicit null like a field that is not set, which is what `X | None` means here.
+`nullable`: the API server then drops an explicit null and applies the default, which is what `X | None` means here.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def root_schema() -> Schema:
         "x-kubernetes-validations": [
             rule(
                 f"self.metadata.name.size() <= {names.MAX_JOB_NAME_LENGTH}",
-                f"metadata.name must be at most {names.MAX_JOB_NAME_LENGTH} characters: pod host names are made from it",
+                f"metadata.name must be at most {names.MAX_JOB_NAME_LENGTH} characters: pods' host names come from it",
             ),
             rule(
                 f"self.metadata.name.matches('{names.JOB_NAME_PATTERN}')",

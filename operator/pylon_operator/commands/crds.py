@@ -14,7 +14,7 @@ from pylon_api.generated import find_stale, write_files
 @click.option(
     "--root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path("."),
+    default=Path(),
     show_default="the current directory",
     help="Root of a checkout of Pylon.",
 )
