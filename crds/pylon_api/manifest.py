@@ -44,8 +44,11 @@ def parse_job(manifest: dict[str, Any]) -> PylonJob:
     if manifest.get("apiVersion") != names.API_VERSION:
         raise ManifestError([f"apiVersion: {manifest.get('apiVersion')!r}, should be {names.API_VERSION}"])
     try:
-        # As JSON and strict, because the API server takes no "2" for 2 either.
-        job = PylonJob.model_validate_json(json.dumps(manifest, default=str), strict=True)
+        text = json.dumps(manifest, default=str)
+    except (TypeError, ValueError) as error:
+        raise ManifestError([f"manifest: has no JSON form: {error}"]) from error
+    try:
+        job = PylonJob.model_validate_json(text, strict=True)  # strict: the API server takes no "2" for 2 either
     except ValidationError as error:
         raise ManifestError(describe(error)) from error
     if len(job.metadata.name) > names.MAX_JOB_NAME_LENGTH:
