@@ -132,8 +132,8 @@ def _translate(node: Schema, definitions: dict[str, Schema], defaults: bool, pat
     if node.get("type") == "integer":
         result["format"] = "int64"
     if defaults and node.get("default") is not None:
-        # An empty object lets the defaults of its own fields fill it in.
-        result["default"] = {} if node.get("type") == "object" else node["default"]
+        # An object's default is spelt out: rules look at it before the defaults of its own fields would fill it in.
+        result["default"] = _without_nulls(node["default"])
     if "properties" in node:
         result["properties"] = {
             name: _translate(child, definitions, defaults, f"{path}.{name}")
@@ -149,8 +149,6 @@ def _translate(node: Schema, definitions: dict[str, Schema], defaults: bool, pat
         raise SchemaError(f"{path}: {', '.join(sorted(unknown))} has no translation")
     if "type" not in result:
         raise SchemaError(f"{path}: no type; a structural schema needs one on every node")
-    if result.get("default") == {} and _required_without_default(result):
-        raise SchemaError(f"{path}: defaults to an empty object, but {_required_without_default(result)} is required")
     return result
 
 
@@ -171,6 +169,7 @@ def _resolve(node: Schema, definitions: dict[str, Schema], path: str) -> Schema:
     return node
 
 
-def _required_without_default(schema: Schema) -> str | None:
-    properties = schema.get("properties", {})
-    return next((name for name in schema.get("required", []) if "default" not in properties[name]), None)
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value

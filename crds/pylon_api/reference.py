@@ -47,7 +47,7 @@ def _table(node: Schema) -> Iterator[str]:
 
 
 def _default(node: Schema) -> str:
-    if "default" not in node or node["default"] == {}:
+    if "default" not in node or node["type"] == "object":
         return ""
     return f"`{json.dumps(node['default'])}`"
 
