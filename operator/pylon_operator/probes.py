@@ -18,7 +18,12 @@ Complaints = Callable[[], Iterable[str]]
 
 @asynccontextmanager
 async def serve_probes(
-    *, health_port: int, metrics_port: int, alive: Complaints, ready: Complaints, host: str = "0.0.0.0"  # noqa: S104
+    *,
+    health_port: int,
+    metrics_port: int,
+    alive: Complaints,
+    ready: Complaints,
+    host: str = "0.0.0.0",  # noqa: S104
 ) -> AsyncIterator[None]:
     """Serve for the length of the block; equal ports share one server, port 0 switches one off.
 
