@@ -90,7 +90,7 @@ $(VENV)/%.stamp: pyproject.toml | $(BIN)/python
 
 $(BIN)/python:
 	@"$(or $(PYTHON),none)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	{ echo "Pylon needs Python 3.11 or newer$(if $(PYTHON), and $(PYTHON) is none). Install one, or name it:" \
+	{ echo "Pylon needs Python 3.11 or newer$(if $(PYTHON), ($(PYTHON) is none)). Install one, or name it:" \
 		"make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
