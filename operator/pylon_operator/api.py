@@ -65,7 +65,7 @@ class Patience:
         """
         if retry_after is not None and retry_after.isdigit():
             return min(float(retry_after), 60) + random.uniform(0, self.backoff_seconds)  # noqa: S311
-        bound = min(self.backoff_seconds * 2 ** (attempt - 1), self.backoff_limit_seconds)
+        bound = min(self.backoff_seconds * 2 ** min(attempt - 1, 30), self.backoff_limit_seconds)
         return random.uniform(0, bound)  # noqa: S311
 
 
@@ -114,9 +114,9 @@ class Api:
     ) -> dict[str, Any]:
         """The answer's JSON object.
 
-        Every request that Pylon makes may be sent twice (applies, preconditions, creates that tolerate AlreadyExists), so
-        lost connections, 429 and 5xx are retried. Raises ApiError, Unreachable when the tries are used up, and whatever
-        `fence` raises; `fenced=False` skips the fence, for the one writer that it rests on.
+        Every request that Pylon makes may be sent twice (applies, preconditions, creates that tolerate
+        AlreadyExists), so lost connections, 429 and 5xx are retried. Raises ApiError, Unreachable when the tries are
+        used up, and whatever `fence` raises; `fenced=False` skips the fence, for the one writer that it rests on.
         """
         if fenced and verb not in ("GET",):
             self.fence()
@@ -154,8 +154,8 @@ class Api:
     ) -> AsyncIterator[dict[str, Any]]:
         """The JSON objects of a watch, until the server ends it.
 
-        Raises ApiError, and Unreachable when the connection breaks or no byte came for `silence_seconds`. Never retries:
-        only the watch knows from which version to go on.
+        Raises ApiError, and Unreachable when the connection breaks or no byte came for `silence_seconds`. Never
+        retries: only the watch knows from which version to go on.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence_seconds)
         url = self._credentials.server + path

@@ -8,7 +8,7 @@
     |- Conflict         409    someone else wrote first
     |  |- AlreadyExists
     |- Gone             410    the version is too old to watch from
-    |- Invalid          422    a schema or rule says no
+    |- Invalid     400, 422    it does not parse, or a schema or rule says no
 
 Messages are one line and never hold what was sent: a body may be a Secret.
 """
@@ -59,10 +59,17 @@ class Gone(ApiError):
 
 
 class Invalid(ApiError):
-    """A schema or admission rule says no."""
+    """It does not parse, or a schema or rule says no."""
 
 
-_BY_STATUS: dict[int, type[ApiError]] = {403: Forbidden, 404: NotFound, 409: Conflict, 410: Gone, 422: Invalid}
+_BY_STATUS: dict[int, type[ApiError]] = {
+    400: Invalid,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    410: Gone,
+    422: Invalid,
+}
 
 
 def error_of(verb: str, path: str, status: int, content: bytes) -> ApiError:

@@ -1,7 +1,7 @@
 """Finds the API server and proves who we are, by the `kubernetes` package's own loaders.
 
-They know kubeconfig's many forms (exec plugins, inline certificates, token files) and re-read what expires. Nothing else
-of that package is used while the operator runs: its generated clients cost several times the CPU.
+They know kubeconfig's many forms (exec plugins, inline certificates, token files) and re-read what expires. Nothing
+else of that package is used while the operator runs: its generated clients cost several times the CPU.
 """
 
 from __future__ import annotations
@@ -60,10 +60,12 @@ def load_credentials(kubeconfig: Path | None = None) -> Credentials:
     configuration = Configuration()
     try:
         if kubeconfig is None and "KUBERNETES_SERVICE_HOST" in os.environ:
-            load_incluster_config(client_configuration=configuration)
+            load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         else:
             path = str(kubeconfig) if kubeconfig else None
-            load_kube_config(config_file=path, client_configuration=configuration, persist_config=False)
+            load_kube_config(  # type: ignore[no-untyped-call]
+                config_file=path, client_configuration=configuration, persist_config=False
+            )
     except (ConfigException, OSError) as error:
         reason = " ".join(str(error).split())
         raise CredentialsError(f"no way to a cluster: {reason}; give --kubeconfig or set KUBECONFIG") from error

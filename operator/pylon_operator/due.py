@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Hashable
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
-from collections.abc import AsyncIterator
 from typing import Generic, TypeVar
 
 from pylon_operator import metrics
@@ -45,6 +44,11 @@ class DueSet(Generic[K]):
     def oldest_running_seconds(self) -> float:
         """How long the longest of the present reconciles has been at it; 0 when none is."""
         return time.monotonic() - min(self._running.values(), default=time.monotonic())
+
+    def overdue_seconds(self) -> float:
+        """How long the most overdue key has waited for a worker; 0 when none has."""
+        waiting = (when for key, when in self._due.items() if key not in self._running)
+        return max(0.0, time.monotonic() - min(waiting, default=float("inf")))
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[K]:

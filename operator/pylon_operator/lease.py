@@ -1,8 +1,8 @@
 """Elects one operator of several by a Lease, and ends the process that has lost it.
 
-The Lease only chooses who works; it fences nothing, since a paused process does not know that its time is up. What keeps a
-second gang from starting is the order of writes (see `observation.Decision`). `check` narrows the gap: it refuses
-writes from the moment at which another process may have taken over, by this process's own clock.
+The Lease only chooses who works; it fences nothing, since a paused process does not know that its time is up. What
+keeps a second gang from starting is the order of writes (see `observation.Decision`). `check` narrows the gap: it
+refuses writes from the moment at which another process may have taken over, by this process's own clock.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from pylon_operator import metrics
-from pylon_operator.api import Api, Resource
+from pylon_operator.api import Api
 from pylon_operator.api_errors import AlreadyExists, ApiError, Conflict, NotFound
+from pylon_operator.kinds import LEASES
 from pylon_operator.permissions import LEASE
 
 logger = logging.getLogger(__name__)
-
-LEASES = Resource("coordination.k8s.io/v1", "leases", "Lease")
 
 
 class LeaseLost(Exception):
@@ -30,8 +29,8 @@ class LeaseLost(Exception):
 class Lease:
     """One candidate for the Lease `LEASE` of `namespace`. All times in seconds.
 
-    Others may take over once they have seen the record unchanged for `duration_seconds`; the holder itself gives up after
-    `renew_deadline_seconds` without a renewal, which must be less.
+    Others may take over once they have seen the record unchanged for `duration_seconds`; the holder itself gives up
+    after `renew_deadline_seconds` without a renewal, which must be less.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Lease:
 
     async def acquire(self) -> None:
         """Wait until this process is the leader. Raises Forbidden when Leases may not be used at all."""
-        while not await self._try():
+        while not await self._try():  # noqa: ASYNC110  the event is on the API server
             await asyncio.sleep(self._retry_seconds)
         metrics.LEADER.set(1)
         logger.info("leading", extra={"identity": self._identity})

@@ -1,7 +1,7 @@
 """What the operator tells Prometheus about itself.
 
-Labels are drawn from small fixed sets. There is no label for a job, pod or namespace: a cluster has thousands, and their
-state is on the resources themselves.
+Labels are drawn from small fixed sets. There is no label for a job, pod or namespace: a cluster has thousands, and
+their state is on the resources themselves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the operator may do to the API server: one table that start-up checks and the chart's roles mirror.
 
-Reading a Secret is not in it, but for the operator's own key. Deleting children is not either: they go with their owner,
-but for batch Jobs and pods, whose deletion is how an attempt ends.
+Reading or deleting a Secret is not in it, but for reading the operator's own key: nobody should have to trust an
+operator with every credential of a cluster.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ class Rule:
 WORKLOADS = (
     Rule(names.GROUP, names.PLURAL, ("get", "list", "watch", "delete")),
     Rule(names.GROUP, f"{names.PLURAL}/status", ("patch",)),
-    # Lets children block their owner's deletion where OwnerReferencesPermissionEnforcement is on (OpenShift).
-    Rule(names.GROUP, f"{names.PLURAL}/finalizers", ("update",)),
     Rule("batch", "jobs", ("get", "list", "watch", "create", "patch", "delete")),
     Rule("", "pods", ("list", "watch", "patch", "delete")),
-    Rule("", "services", ("get", "list", "watch", "create", "patch")),
-    Rule("", "configmaps", ("get", "list", "watch", "create", "patch")),
+    Rule("", "services", ("get", "list", "watch", "create", "patch", "delete")),
+    Rule("", "configmaps", ("get", "list", "watch", "create", "patch", "delete")),
     Rule("", "secrets", ("create",)),
     Rule("events.k8s.io", "events", ("create",)),
 )

@@ -6,7 +6,7 @@ watch may fall silent while everything else looks well.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 Complaints = Callable[[], Iterable[str]]
 """What is wrong at the moment, one line each; empty when all is well."""
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
@@ -23,14 +24,15 @@ async def serve_probes(
     metrics_port: int,
     alive: Complaints,
     ready: Complaints,
-    host: str = "0.0.0.0",  # noqa: S104
+    refresh: Callable[[], None],
+    host: str = "0.0.0.0",  # noqa: S104  the kubelet and Prometheus come from outside of the pod
 ) -> AsyncIterator[None]:
     """Serve for the length of the block; equal ports share one server, port 0 switches one off.
 
-    Raises OSError when a port is in use.
+    `refresh` is called before each scrape. Raises OSError when a port is in use.
     """
     health = [web.get("/healthz", _answer(alive)), web.get("/readyz", _answer(ready))]
-    scrape = [web.get("/metrics", _scrape)]
+    scrape = [web.get("/metrics", _scrape(refresh))]
     ports: dict[int, list[web.RouteDef]] = {}
     for port, routes in ((health_port, health), (metrics_port, scrape)):
         if port:
@@ -50,13 +52,17 @@ async def serve_probes(
             await runner.cleanup()
 
 
-def _answer(complaints: Complaints) -> Callable[[web.Request], object]:
-    async def answer(request: web.Request) -> web.Response:
+def _answer(complaints: Complaints) -> Handler:
+    async def answer(_: web.Request) -> web.Response:
         found = list(complaints())
         return web.Response(status=503 if found else 200, text="\n".join(found) or "ok")
 
     return answer
 
 
-async def _scrape(request: web.Request) -> web.Response:
-    return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+def _scrape(refresh: Callable[[], None]) -> Handler:
+    async def scrape(_: web.Request) -> web.Response:
+        refresh()
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return scrape

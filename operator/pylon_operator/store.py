@@ -65,6 +65,12 @@ class Store(Generic[T]):
         self._seen_version = max(self._seen_version, _version(obj))
         self._drop((metadata["namespace"], metadata["name"]))
 
+    def deleted(self, namespace: str, name: str, uid: str) -> None:
+        """What the answer to our own delete says: the object of this uid is gone."""
+        entry = self._entries.get((namespace, name))
+        if entry is not None and entry.uid == uid:
+            self._drop((namespace, name))
+
     def keep_only(self, listed: set[tuple[str, str]], namespace: str | None, version: str) -> None:
         """After a list at `version`: whatever of `namespace` (None: all) was not in it is gone."""
         self._seen_version = max(self._seen_version, int(version))

@@ -53,7 +53,7 @@ def attempt_view(job: JsonObject) -> tuple[AttemptView, int]:
     Only the fields that we own and that the API server lets others change can have been edited.
     """
     metadata, spec, status = job["metadata"], job["spec"], job.get("status") or {}
-    failure = next((c for c in map(lambda t: _condition(status, t), ("Failed", "FailureTarget")) if c), {})
+    failure = next((c for c in (_condition(status, kind) for kind in ("Failed", "FailureTarget")) if c), {})
     completions = spec.get("completions") or 0
     view = AttemptView(
         name=metadata["name"],

@@ -1,7 +1,8 @@
 """Lists and watches one resource for ever, in chunks, and tells a store what it sees.
 
-It survives what watches meet: a version too old (410: list again), a lost connection (go on from the last version), and a
-stream that falls silent without closing (bookmarks come every minute, so silence is an answer). It decides nothing.
+It survives what watches meet: a version too old (410: list again), a lost connection (go on from the last version),
+and a stream that falls silent without closing (bookmarks come every minute, so silence is an answer). It decides
+nothing.
 """
 
 from __future__ import annotations
