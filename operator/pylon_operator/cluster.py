@@ -221,7 +221,8 @@ class KubernetesCluster:
                     logger.warning("rank 0 did not take the request to save", extra=_about(job))
             case DeleteJob(uid):
                 await self._delete(PYLON_JOBS, namespace, job.metadata.name, uid)
-            case EmitEvent():
+            case EmitEvent(_, reason, message):
+                logger.info("%s", message, extra=_about(job) | {"reason": reason})
                 self._events.post(job, action)
 
     async def _ensure(self, job: PylonJob, obj: Object) -> None:

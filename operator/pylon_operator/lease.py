@@ -80,7 +80,9 @@ class Lease:
                 self.check()
 
     async def release(self) -> None:
-        """Let another process take over at once. A failure only costs the others the lease's duration."""
+        """Let another process take over at once, if this one leads. A failure costs the others the lease's duration."""
+        if self._renewed == float("-inf"):
+            return
         metrics.LEADER.set(0)
         self._renewed = float("-inf")
         try:
