@@ -19,7 +19,8 @@ from pathlib import Path
 from pylon_operator import metrics
 from pylon_operator.api import Api
 from pylon_operator.api_errors import ApiError
-from pylon_operator.cluster import Children, KubernetesCluster
+from pylon_operator.children import Children
+from pylon_operator.cluster import KubernetesCluster
 from pylon_operator.controller import Controller
 from pylon_operator.credentials import CredentialsError, load_credentials
 from pylon_operator.due import DueSet
@@ -165,7 +166,7 @@ class _Operator:
             group.create_task(watch.run())
         for watch in self._watches:
             await watch.synced.wait()
-        self._controller = Controller(cluster, self._due)
+        self._controller = Controller(api, cluster, self._due)
         group.create_task(self._controller.run())
         group.create_task(events.run())
         group.create_task(poller.run(cluster.targets))
