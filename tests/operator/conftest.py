@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import asyncio
-
 import pytest
 from fake_api_server import HASTY, FakeApiServer, credentials_for, fake_api_server
+
 from pylon_operator.api import Api
 
 

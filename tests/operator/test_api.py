@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fake_api_server import HASTY, FakeApiServer, credentials_for
+
 from pylon_operator.api import Api, Patience
 from pylon_operator.api_errors import (
     AlreadyExists,

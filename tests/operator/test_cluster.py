@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_api_server import FakeApiServer
 from operator_builders import a_job
+
 from pylon_api import names
 from pylon_api.job import PylonJob
 from pylon_api.manifest import ManifestError

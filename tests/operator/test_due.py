@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+
 from pylon_operator.due import DueSet
 
 Eventually = Callable[[Callable[[], object]], Awaitable[None]]

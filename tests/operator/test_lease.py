@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from fake_api_server import FakeApiServer
+
 from pylon_operator.api import Api
 from pylon_operator.lease import Lease, LeaseLost
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_builders import a_job
+from simulated_cluster import Death, Happening, SimulatedCluster, live
+
 from pylon_api.job import FailureAction, FailurePolicy, FailureRule
 from pylon_api.names import ConditionType, ExitCode
 from pylon_operator.conditions import find
-from simulated_cluster import Death, Happening, SimulatedCluster, live
 
 POLICY = FailurePolicy(max_restarts=2, backoff_seconds=10)
 

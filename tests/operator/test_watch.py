@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_api_server import HASTY, FakeApiServer
+
 from pylon_api import names
 from pylon_operator import watch as watch_module
 from pylon_operator.api import Api
@@ -105,9 +106,7 @@ async def test_a_forgotten_version_means_a_new_list_in_which_the_vanished_are_no
         await eventually(lambda: seen.phases() == {"stays": "Pending", "new": "Pending"})
 
 
-async def test_a_silent_stream_is_given_up(
-    server: FakeApiServer, api: Api, seen: Seen, eventually: Eventually
-) -> None:
+async def test_a_silent_stream_is_given_up(server: FakeApiServer, api: Api, seen: Seen, eventually: Eventually) -> None:
     server.silent = True
     async with watching(api, seen, silence_seconds=0.05):
         server.put("pods", a_pod("p0"))

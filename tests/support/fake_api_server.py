@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
 from pylon_operator.api import Patience
 from pylon_operator.credentials import Credentials, load_credentials
 

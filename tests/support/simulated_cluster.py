@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from operator_builders import NOW, UID, a_checkpoint, a_report
+
 from pylon_api.job import PylonJob, PylonJobStatus
 from pylon_api.names import ExitCode
 from pylon_api.run import TrainerPhase, TrainerStatus
@@ -218,7 +219,7 @@ class SimulatedCluster:
             return
         before, gang.step = gang.step, gang.step + STEPS_PER_TICK
         death = self.deaths.get(gang.view.attempt)
-        if death and before < death.step <= gang.step or death and death.step <= before:
+        if (death and before < death.step <= gang.step) or (death and death.step <= before):
             gang.step = max(before, death.step)
             report = a_report(death.exit_code, ExitCode(death.exit_code).reason, death.message)
             self._end(gang, death.pod, death.exit_code, report)
