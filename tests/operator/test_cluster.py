@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -36,6 +36,7 @@ from pylon_operator.poll import Poller
 from pylon_operator.status import report_invalid
 from pylon_operator.store import JobKey
 
+Eventually = Callable[[Callable[[], object]], Awaitable[None]]
 CREATED = [("services", "demo-a1"), ("configmaps", "demo-a1"), ("secrets", "demo-5f3a9c1e"), ("jobs", "demo-a1")]
 
 
@@ -250,14 +251,12 @@ async def test_the_ttl_deletes_exactly_this_job(world: World) -> None:
     assert await world.cluster.observe("team", "demo") is None
 
 
-async def test_events_are_posted_behind_the_scenes_and_may_fail(world: World) -> None:
+async def test_events_are_posted_behind_the_scenes_and_may_fail(world: World, eventually: Eventually) -> None:
     world.server.refuse("POST", "/events", 403, "Forbidden")
     poster = asyncio.create_task(world.events.run())
     for reason in ("Lost", "Created"):
         await world.apply(EmitEvent("Normal", reason, "x" * 2000))
-    async with asyncio.timeout(5):
-        while len(world.server.sent("POST", "/events")) < 2:
-            await asyncio.sleep(0)
+    await eventually(lambda: len(world.server.sent("POST", "/events")) == 2)
     poster.cancel()
     event = world.server.sent("POST", "/events")[1].body
     assert (event["reason"], len(event["note"])) == ("Created", 1024)

@@ -63,10 +63,14 @@ async def test_a_key_that_is_worked_on_waits_for_its_worker(eventually: Eventual
 async def test_a_failure_in_the_block_gives_the_key_back() -> None:
     due: DueSet[str] = DueSet()
     due.mark("a")
-    with pytest.raises(ZeroDivisionError):
+
+    async def fail() -> None:
         async with due.take() as key:
             due.mark(key)
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
     assert await take(due) == "a"
 
 
