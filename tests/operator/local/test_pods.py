@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from pylon_api import names
 from pylon_operator.local.pods import PodProcess, PodRunner, expand, localize
 from pylon_operator.local.volumes import PodError
