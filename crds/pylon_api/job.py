@@ -148,6 +148,7 @@ class PylonJobSpec(Spec):
                     f"has(self.{field}) == has(oldSelf.{field}) && "
                     f"(!has(self.{field}) || self.{field} == oldSelf.{field})",
                     f"{field} is immutable: delete the job and make another",
+                    fieldPath=f".{field}",
                 )
                 for field in IMMUTABLE_FIELDS
             ),
@@ -156,6 +157,7 @@ class PylonJobSpec(Spec):
                 "self.training.batch.sequences % (self.nodes * (has(self.processesPerNode) ? self.processesPerNode : "
                 "(self.gpusPerNode > 0 ? self.gpusPerNode : 1))) == 0",
                 "training.batch.sequences must be divisible by the number of processes (nodes x processesPerNode)",
+                fieldPath=".training.batch.sequences",
             ),
         )
     )
