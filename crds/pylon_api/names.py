@@ -81,6 +81,11 @@ class ExitCode(enum.IntEnum):
     BAD_CONFIG = 78
     """The configuration cannot work; a restart would not help."""
 
+    @property
+    def reason(self) -> str:
+        """The name in CamelCase, as conditions and failure records have it."""
+        return "".join(word.capitalize() for word in self.name.split("_"))
+
 
 USER_ERRORS = frozenset({ExitCode.BAD_CONFIG, ExitCode.BAD_DATA})
 """Fail the job at once with the trainer's own message: only a person can mend them."""

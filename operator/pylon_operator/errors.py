@@ -1,6 +1,7 @@
 """Errors that a person should see on the PylonJob, each with the reason that its condition carries.
 
-Only refusals are here: what a retry can mend (timeouts, conflicts, throttling) is raised and retried by whoever does the I/O.
+Only refusals are here: what a retry can mend (timeouts, conflicts, throttling) is raised and retried by whoever does
+the I/O.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Builds the Kubernetes objects of one attempt. Pure: same job and attempt, same objects, and nothing is looked up.
 
-One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration), a Secret (the
-token that guards POST /checkpoint) and one Indexed Job, all named `<job>-a<attempt>` and owned by the PylonJob. The Job
-comes last, so that whoever sees a Job knows that the rest was created before it.
+One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration), a Secret
+(the token that guards POST /checkpoint) and one Indexed Job, all named `<job>-a<attempt>` and owned by the PylonJob.
+The Job comes last, so that whoever sees a Job knows that the rest was created before it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 from typing import Any
 
 from pylon_api import names
 from pylon_api.job import PylonJob, PylonJobSpec
 from pylon_api.run import RunConfig
+from pylon_operator.errors import Refused
 from pylon_operator.merge import merge_template
 
 Object = dict[str, Any]
+
+DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+MAX_DNS_LABEL_LENGTH = 63
 
 MIN_GRACE_SECONDS = 30
 """Kubernetes' own default; below it even a small save would be cut off."""
@@ -72,8 +77,9 @@ def run_config(job: PylonJob, attempt: int) -> RunConfig:
 def build_attempt(job: PylonJob, attempt: int, *, default_image: str, token: str) -> list[Object]:
     """All objects of an attempt in the order of their creation: Service, ConfigMap, Secret, Job.
 
-    Raises TemplateError when spec.template cannot be merged.
+    Raises Refused when spec.template cannot be merged or the pods' host names would not be DNS labels.
     """
+    _check_name(job, attempt)
     config = json.dumps(run_config(job, attempt).to_wire(), indent=2, sort_keys=True)
     secret = base64.b64encode(token.encode()).decode()
     template = _pod_template(job, attempt, default_image)
@@ -83,6 +89,17 @@ def build_attempt(job: PylonJob, attempt: int, *, default_image: str, token: str
         _object(job, attempt, "v1", "Secret", immutable=True, type="Opaque", data={names.TOKEN_FILE: secret}),
         _object(job, attempt, "batch/v1", "Job", spec=_job_spec(job.spec, template)),
     ]
+
+
+def _check_name(job: PylonJob, attempt: int) -> None:
+    name = job.metadata.name
+    longest = f"{attempt_name(name, attempt)}-{job.spec.nodes - 1}"
+    if not DNS_LABEL.fullmatch(name) or len(longest) > MAX_DNS_LABEL_LENGTH:
+        raise Refused(
+            names.Reason.INVALID_SPEC,
+            f"metadata.name: {name!r} makes the host name {longest!r}, which should be a DNS label: lower-case "
+            f"letters, digits and '-', a letter first, at most {MAX_DNS_LABEL_LENGTH} characters",
+        )
 
 
 def _object(job: PylonJob, attempt: int, api_version: str, kind: str, **content: Any) -> Object:
