@@ -8,13 +8,18 @@ A rank that leaves because its neighbour died takes the next one with it, so the
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
+from pylon_trainer.errors import PeerLost
 from pylon_trainer.runtime.distributed import World
 
 _FAREWELL = b"."
+_SECRET_BYTES = 16
+_CONNECT_SECONDS = 60
 _KEEPALIVE_IDLE_SECONDS = 5
 _KEEPALIVE_INTERVAL_SECONDS = 5
 _KEEPALIVE_PROBES = 3
@@ -25,42 +30,50 @@ class Peers:
 
     def __init__(self, world: World, lost: Callable[[str], None]) -> None:
         """Connect to the next rank; `lost(message)` is called in a thread when it dies. Collective."""
-        self._lost = lost
-        self._watchers: list[socket.socket] = []
+        self._watcher: socket.socket | None = None
         if world.size == 1:
             return
-        self._server = _listen()
-        addresses = world.gather((_own_address(), self._server.getsockname()[1]))
+        secret = secrets.token_bytes(_SECRET_BYTES)
         neighbour = (world.rank + 1) % world.size
-        threading.Thread(target=self._accept, name="peers-accept", daemon=True).start()
-        connection = socket.create_connection(addresses[neighbour], timeout=30)
-        connection.settimeout(None)
-        _keep_alive(connection)
-        threading.Thread(
-            target=self._watch, args=(connection, neighbour), name="peers-watch", daemon=True
-        ).start()
+        with _listen() as server:
+            places = world.gather((_own_address(), server.getsockname()[1], secret))
+            host, port, password = places[neighbour]
+            try:
+                connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+                connection.sendall(password)
+                self._watcher = _accept(server, secret)
+            except OSError as error:
+                raise PeerLost(f"no connection between rank {world.rank} and its neighbours: {error}") from error
+        threading.Thread(target=_watch, args=(connection, neighbour, lost), name="peers", daemon=True).start()
 
     def say_farewell(self) -> None:
-        """Tell whoever watches this rank that it leaves in order."""
-        for watcher in self._watchers:
-            try:
-                watcher.sendall(_FAREWELL)
-            except OSError:
-                continue  # the watcher has left already
+        """Tell the rank that watches this one that it leaves in order."""
+        if self._watcher is not None:
+            with suppress(OSError):  # the watcher may have left already
+                self._watcher.sendall(_FAREWELL)
 
-    def _accept(self) -> None:
-        while True:
-            watcher, _ = self._server.accept()
-            _keep_alive(watcher)
-            self._watchers.append(watcher)
 
-    def _watch(self, connection: socket.socket, neighbour: int) -> None:
-        try:
-            heard = connection.recv(1)
-        except OSError:
-            heard = b""
-        if heard != _FAREWELL:
-            self._lost(f"rank {neighbour} died or its machine vanished")
+def _watch(connection: socket.socket, neighbour: int, lost: Callable[[str], None]) -> None:
+    connection.settimeout(None)
+    _keep_alive(connection)
+    try:
+        heard = connection.recv(1)
+    except OSError:
+        heard = b""
+    if heard != _FAREWELL:
+        lost(f"rank {neighbour} died or its machine vanished")
+
+
+def _accept(server: socket.socket, secret: bytes) -> socket.socket:
+    """The watcher's connection: the first that knows our secret, so that a port scan is not taken for it."""
+    server.settimeout(_CONNECT_SECONDS)
+    while True:
+        watcher, _ = server.accept()
+        watcher.settimeout(_CONNECT_SECONDS)
+        with suppress(OSError):
+            if watcher.recv(_SECRET_BYTES, socket.MSG_WAITALL) == secret:
+                return watcher
+        watcher.close()
 
 
 def _listen() -> socket.socket:
