@@ -24,7 +24,8 @@ def gradient_norm(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """
     difference_NV = F.softmax(logits_NV, dim=-1)
     one = torch.full_like(labels_N, -1, dtype=difference_NV.dtype)
-    return torch.linalg.vector_norm(difference_NV.scatter_add(1, labels_N[:, None], one[:, None]), dim=-1)
+    norms_N: Tensor = torch.linalg.vector_norm(difference_NV.scatter_add(1, labels_N[:, None], one[:, None]), dim=-1)
+    return norms_N
 
 
 def entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:  # noqa: ARG001  every score has this signature

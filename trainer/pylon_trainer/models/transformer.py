@@ -183,7 +183,8 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """B x T x (heads E) to B x heads x T x E."""
-        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (-1, self.width))
+        return heads.transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
