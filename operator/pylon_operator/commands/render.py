@@ -12,7 +12,7 @@ from pylon_operator.errors import Refused
 from pylon_operator.resources import build_attempt
 
 UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
-"""Stands where the API server's would; the token, which derives from it and the operator's key, is no real one either."""
+"""Stands where the API server's would; the token, which derives from it and the operator's key, is none either."""
 
 
 @click.command("render")

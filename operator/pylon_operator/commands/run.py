@@ -94,7 +94,9 @@ def _run(
 async def _drive(job: PylonJob, directory: JobDirectory, runner: PodRunner, view: View) -> LocalCluster:
     """Runs the job; the first interrupt suspends it, the second ends this process's part in it at once."""
     async with LocalCluster(job, directory, runner, on_event=view.event) as cluster:
-        driving = asyncio.ensure_future(drive(cluster, lambda: view.update(cluster.job, cluster.report)))
+        driving = asyncio.ensure_future(
+            drive(cluster, lambda: view.update(cluster.job, cluster.report), directory.last_saved)
+        )
 
         def interrupt() -> None:
             if cluster.job.spec.suspend:

@@ -34,6 +34,7 @@ from pylon_operator.local.gang import (
     by_name,
     free_ports,
     make_pod,
+    recorded_attempt,
 )
 from pylon_operator.local.pods import PodRunner
 from pylon_operator.local.state import JobDirectory
@@ -74,7 +75,8 @@ class LocalCluster:
         self._directory = directory
         self._runner = runner
         self._on_event = on_event
-        self._attempt: LocalAttempt | None = None
+        # A run that was cut short leaves its Job on record; the pods died with it.
+        self._attempt = recorded_attempt(job)
         self._pods: list[LocalPod] = []
         self._missed_polls = 0
         self._token_key = os.urandom(32)
@@ -167,7 +169,7 @@ class LocalCluster:
         name = attempt_name(job.metadata.name, attempt)
         hosts = {f"{name}-{index}.{name}": ADDRESS for index in range(job.spec.nodes)}
         rendezvous_port, *status_ports = free_ports(1 + job.spec.nodes)
-        view = AttemptView(name=name, uid=str(uuid.uuid4()), attempt=attempt)
+        view = AttemptView(name, str(uuid.uuid4()), attempt)
         self._attempt = LocalAttempt(view, status_ports[0])
         self._missed_polls = 0
         try:

@@ -12,16 +12,18 @@ from pylon_operator.local.state import ended
 from pylon_operator.reconcile import reconcile
 
 
-async def drive(cluster: LocalCluster, on_update: Callable[[], None] = lambda: None) -> PylonJob:
+async def drive(cluster: LocalCluster, on_update: Callable[[], None], last_seen: datetime | None) -> PylonJob:
     """Runs the cluster's job until it has ended or is suspended. Returns it as the resource would then be.
 
-    A job whose last run was cut short is taken as suspended without having been asked, so that no restart is counted.
+    A job whose last run was cut short counts as suspended since `last_seen`, when that run last saved its status: no
+    restart is counted, and no running time since.
     """
-    if cluster.job.status.attempt and not suspended(cluster.job) and not cluster.job.spec.suspend:
+    wanted = cluster.job.spec.suspend
+    if last_seen and cluster.job.status.attempt and not suspended(cluster.job):
         cluster.set_suspend(True)
-        await _settle(cluster)
-        cluster.set_suspend(False)
-    return await _settle(cluster, on_update)
+        await _settle(cluster, lambda: None, lambda: last_seen)
+        cluster.set_suspend(wanted)
+    return await _settle(cluster, on_update, lambda: datetime.now(UTC))
 
 
 def suspended(job: PylonJob) -> bool:
@@ -32,10 +34,10 @@ def suspended(job: PylonJob) -> bool:
     )
 
 
-async def _settle(cluster: LocalCluster, on_update: Callable[[], None] = lambda: None) -> PylonJob:
+async def _settle(cluster: LocalCluster, on_update: Callable[[], None], clock: Callable[[], datetime]) -> PylonJob:
     metadata = cluster.job.metadata
     while True:
-        delay = await reconcile(cluster, metadata.namespace, metadata.name, datetime.now(UTC))
+        delay = await reconcile(cluster, metadata.namespace, metadata.name, clock())
         on_update()
         if ended(cluster.job) or (cluster.job.spec.suspend and suspended(cluster.job)):
             return cluster.job

@@ -12,8 +12,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pylon_api import names
+from pylon_api.job import PylonJob
 from pylon_operator.local.pods import PodProcess
 from pylon_operator.observation import AttemptView, PodView
+from pylon_operator.resources import attempt_name
 
 Object = dict[str, Any]
 
@@ -72,8 +74,18 @@ class LocalAttempt:
     """One batch Job with its pods."""
 
     view: AttemptView
-    status_port: int
+    status_port: int = 0
     pods: list[LocalPod] = field(default_factory=list)
+
+
+def recorded_attempt(job: PylonJob) -> LocalAttempt | None:
+    """The attempt that the job's status says is running, without its pods."""
+    status = job.status
+    if status.attempt_job_uid is None or status.completion_time:
+        return None
+    return LocalAttempt(
+        AttemptView(attempt_name(job.metadata.name, status.attempt), status.attempt_job_uid, status.attempt)
+    )
 
 
 def by_name(objects: list[Object], kind: str) -> dict[str, Object]:

@@ -55,6 +55,14 @@ class JobDirectory:
             lock.flush()
             yield
 
+    @property
+    def last_saved(self) -> datetime | None:
+        """When the job was last saved, or None if it never ran here."""
+        try:
+            return datetime.fromtimestamp((self.path / "status.json").stat().st_mtime, UTC)
+        except FileNotFoundError:
+            return None
+
     def load(self) -> PylonJob | None:
         """The job as it was last saved, or None if it never ran here."""
         path = self.path / "status.json"
