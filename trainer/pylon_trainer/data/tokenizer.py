@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+import xxhash
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from pylon_api.training import TokenizerKind, TokenizerSpec
@@ -53,6 +54,11 @@ class Tokenizer(Protocol):
         """How the file spells end_of_text."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give the same ids."""
+        ...
+
 
 def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """The tokenizer that the spec names. Raises ConfigError or DataError in one line."""
@@ -68,6 +74,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_text = 256
     end_of_text_token = END_OF_TEXT
+    fingerprint = "bytes"
 
     def encode(self, text: str) -> Ids:
         """As Tokenizer has it."""
@@ -100,6 +107,7 @@ class FileTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_text: int = vocabulary[end_of_text_token]
         self.end_of_text_token = end_of_text_token
+        self.fingerprint = xxhash.xxh3_64_hexdigest(backend.to_str().encode())
 
     @classmethod
     def load(cls, uri: str, end_of_text: str | None, field: str = "training.data.tokenizer.uri") -> FileTokenizer:

@@ -51,6 +51,12 @@ def open_data(spec: DataSpec, *, seed: int, rank: int, world_size: int, global_s
     return TrainingData(spec, tokenizer, train, held_out, lanes, global_sequences)
 
 
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state_dict of every rank as one, which any number of ranks can load."""
+    lanes = {number: position for state in states for number, position in state["lanes"].items()}
+    return {"sequences": states[0]["sequences"], "lanes": lanes}
+
+
 class TrainingData:
     """One rank's view of the data."""
 
@@ -111,11 +117,6 @@ class TrainingData:
             "sequences": self._global_sequences,
             "lanes": {str(number): list(position) for number, position in places},
         }
-
-    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The states of all ranks as one, which any number of ranks can load."""
-        lanes = {number: position for state in states for number, position in state["lanes"].items()}
-        return {"sequences": self._global_sequences, "lanes": lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a state (merged, or this rank's own) was taken. Raises ConfigError when the batch has changed."""
