@@ -26,6 +26,19 @@ QualifiedName = Annotated[
 ]
 
 
+IMMUTABLE_FIELDS = (
+    "nodes",
+    "gpusPerNode",
+    "processesPerNode",
+    "gpuResourceName",
+    "managedBy",
+    "scheduling",
+    "topology",
+    "training",
+)
+"""Fields of the spec that no update may change, because what was trained before would no longer fit."""
+
+
 class FailureAction(enum.StrEnum):
     RESTART = "Restart"
     RESTART_FREELY = "RestartFreely"
@@ -137,16 +150,7 @@ class PylonJobSpec(Spec):
                     f"{field} is immutable: delete the job and make another",
                     fieldPath=f".{field}",
                 )
-                for field in (
-                    "nodes",
-                    "gpusPerNode",
-                    "processesPerNode",
-                    "gpuResourceName",
-                    "managedBy",
-                    "scheduling",
-                    "topology",
-                    "training",
-                )
+                for field in IMMUTABLE_FIELDS
             ),
             rule(
                 "!has(self.training.batch) || !has(self.training.batch.sequences) || "

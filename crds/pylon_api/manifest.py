@@ -36,7 +36,10 @@ def load_manifest(path: Path) -> PylonJob:
     jobs = [d for d in documents if isinstance(d, dict) and d.get("kind") == names.KIND]
     if len(jobs) != 1:
         raise ManifestError([f"{path}: holds {len(jobs)} documents of kind {names.KIND}, needs exactly 1"])
-    return parse_job(jobs[0])
+    try:
+        return parse_job(jobs[0])
+    except ManifestError as error:
+        raise ManifestError([f"{path}: {problem}" for problem in error.problems]) from error
 
 
 def parse_job(manifest: dict[str, Any]) -> PylonJob:
