@@ -64,7 +64,10 @@ class StepResult:
 class TrainingStep(Protocol):
     """A model with its gate."""
 
-    model: torch.nn.Module
+    @property
+    def model(self) -> torch.nn.Module:
+        """The network whose parameters receive the gradients."""
+        ...
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
         """Add to the parameters' gradients those of sum(loss) / global_tokens over this micro-batch.

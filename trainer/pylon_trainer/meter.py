@@ -1,0 +1,80 @@
+"""What happened since the last log line: losses, tokens, time. Sums stay on the device until they are read."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from pylon_trainer.run import Update
+from pylon_trainer.runtime.distributed import World
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One log interval over all ranks."""
+
+    loss: float | None
+    """Mean over tokens, nats; None when no step of the interval had a finite loss."""
+    tokens_per_second: float
+    token_ratio: float | None
+    step_seconds: float
+    bytes_per_step: int
+    gradient_norm: float
+    learning_rate: float
+
+
+class Meter:
+    """Collects one interval after the other."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
+        self._step_seconds: list[float] = []
+        self._exchanged_bytes = 0
+        self._last_time = time.perf_counter()
+
+    def add(self, update: Update) -> None:
+        """Count one step. Never waits for the device."""
+        for result in update.results:
+            loss_sum = result.loss_sum.double()
+            is_finite = torch.isfinite(loss_sum)
+            values = (torch.nan_to_num(loss_sum), result.tokens, result.gated_tokens)
+            self._sums[:3] += torch.stack([value.double() for value in values]) * is_finite
+            self._sums[3] += result.tokens
+        self._update = update
+        self._exchanged_bytes += update.exchanged_bytes
+        now = time.perf_counter()
+        self._step_seconds.append(now - self._last_time)
+        self._last_time = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is no training time: an evaluation or a checkpoint."""
+        yield
+        self._last_time = time.perf_counter()
+
+    def read(self) -> Reading:
+        """Close the interval. Collective; waits for the device, whose lag counts towards the last step."""
+        loss_sum, finite_tokens, gated_tokens, tokens = self._world.sum(self._sums).tolist()
+        gradient_norm = float(self._update.gradient_norm)
+        lag = time.perf_counter() - self._last_time
+        seconds = sum(self._step_seconds) + lag
+        reading = Reading(
+            loss=loss_sum / finite_tokens if finite_tokens else None,
+            tokens_per_second=tokens / seconds,
+            token_ratio=gated_tokens / finite_tokens if finite_tokens else None,
+            step_seconds=statistics.median(self._step_seconds),
+            bytes_per_step=self._exchanged_bytes // len(self._step_seconds),
+            gradient_norm=gradient_norm,
+            learning_rate=self._update.learning_rate,
+        )
+        self._reset()
+        return reading

@@ -1,0 +1,217 @@
+"""The Transformer: a pre-norm decoder that computes what Llama computes, at any size.
+
+It exists so that the blocks can be compiled one by one and so that the head can run on chosen rows only: `forward` ends
+at the hidden states, `head` turns rows of them into logits. It knows nothing of losses, gates, devices or precision.
+
+Shapes: B sequences, T tokens, D hidden width, H query heads, K key and value heads, E width of a head, V vocabulary,
+R rank of factorised embeddings; a tensor's name ends in its shape.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pylon_api.training import ModelSpec
+from pylon_trainer.errors import ConfigError
+
+
+class Context(NamedTuple):
+    """What every block needs beside the hidden states; computed once per forward pass."""
+
+    cos: Tensor
+    """T x E/2, or B x 1 x T x E/2 when documents are isolated."""
+    sin: Tensor
+    """As cos."""
+    mask: Tensor | None
+    """B x 1 x T x T, true where a query may look; None is plainly causal."""
+
+
+def build_model(spec: ModelSpec, *, vocab_size: int) -> Transformer:
+    """The network, initialised from torch's global random state, on the default device, in float32.
+
+    vocab_size: ids that the tokenizer needs. spec.vocab_size may be larger (rows are then spare), never smaller:
+    raises ConfigError.
+    """
+    if spec.vocab_size is not None and spec.vocab_size < vocab_size:
+        raise ConfigError(
+            f"training.model.vocabSize: {spec.vocab_size} is too small, the tokenizer has {vocab_size} tokens; "
+            f"set at least {vocab_size} or leave it out"
+        )
+    if spec.embedding_rank >= spec.hidden_size:
+        raise ConfigError(
+            f"training.model.embeddingRank: {spec.embedding_rank} saves nothing at hiddenSize {spec.hidden_size}; "
+            "set a smaller rank, or 0 for plain embeddings"
+        )
+    return Transformer(spec, spec.vocab_size or vocab_size)
+
+
+class Transformer(nn.Module):
+    """Decoder of `spec.layers` blocks over `vocab_size` tokens."""
+
+    def __init__(self, spec: ModelSpec, vocab_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.vocab_size = vocab_size
+        width = spec.embedding_rank or spec.hidden_size
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.embedding_projection = _linear(width, spec.hidden_size) if spec.embedding_rank else None
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
+        tied = spec.tie_embeddings
+        self.output_projection = None if tied or not spec.embedding_rank else _linear(spec.hidden_size, width)
+        self.output = None if tied else _linear(width, vocab_size)
+        self._initialise()
+
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Hidden states B x T x D after the last norm.
+
+        documents_BT: number of the document of each token, rising along a sequence; given, a token sees only its own
+        document and positions start again with each.
+        """
+        x_BTD = self.embedding(tokens_BT)
+        if self.embedding_projection is not None:
+            # The residual stream keeps the weights' precision, under autocast too.
+            x_BTD = self.embedding_projection(x_BTD).to(x_BTD.dtype)
+        context = self._context(tokens_BT.shape[1], documents_BT, tokens_BT.device)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, context)
+        normed_BTD: Tensor = self.norm(x_BTD)
+        return normed_BTD
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ... x V of hidden states ... x D."""
+        if self.output_projection is not None:
+            hidden = self.output_projection(hidden)
+        elif self.embedding_projection is not None and self.output is None:
+            hidden = F.linear(hidden, self.embedding_projection.weight.T)
+        return F.linear(hidden, self.embedding.weight if self.output is None else self.output.weight)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """V x D: the embedding, multiplied out if it is factorised."""
+        if self.embedding_projection is None:
+            return self.embedding.weight
+        return self.embedding.weight @ self.embedding_projection.weight.T
+
+    @property
+    def head_weight(self) -> Tensor:
+        """V x D: head(hidden) == hidden @ head_weight.T, multiplied out if it is factorised."""
+        if self.output is None:
+            return self.embedding_weight
+        if self.output_projection is None:
+            return self.output.weight
+        return self.output.weight @ self.output_projection.weight
+
+    def _context(self, tokens: int, documents_BT: Tensor | None, device: torch.device) -> Context:
+        width = self.spec.hidden_size // self.spec.heads
+        pairs = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+        frequencies = self.spec.rope_theta ** (-pairs / width)
+        places_T = torch.arange(tokens, device=device)
+        if documents_BT is None:
+            angles = places_T[:, None] * frequencies
+            return Context(angles.cos(), angles.sin(), None)
+        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        mask_BTT = same_BTT & (places_T[:, None] >= places_T)
+        starts_BT = torch.searchsorted(documents_BT, documents_BT)  # the first place of each token's own document
+        angles_BTE = (places_T - starts_BT)[..., None] * frequencies
+        return Context(angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), mask_BTT.unsqueeze(1))
+
+    def _initialise(self) -> None:
+        """Normal matrices; those that write to the residual stream shrink with depth (GPT-2, section 2.3), and a
+        factorised embedding's product has the deviation that a plain one would have."""
+        std = self.spec.initializer_std
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+        for module in self.modules():
+            if isinstance(module, Block):
+                for residual in (module.attention.output, module.mlp.down):
+                    nn.init.normal_(residual.weight, std=std / math.sqrt(2 * self.spec.layers))
+        for projection in (self.embedding_projection, self.output_projection):
+            if projection is not None:
+                nn.init.normal_(projection.weight, std=1 / math.sqrt(self.spec.embedding_rank))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on a normed copy and added to the residual stream."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
+        self.attention = Attention(spec)
+        self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
+        self.mlp = SwiGLU(spec.hidden_size, intermediate_size(spec))
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+        updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return updated_BTD
+
+
+class Attention(nn.Module):
+    """Causal attention in which groups of H / K query heads share a key and a value head."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.width = spec.hidden_size // spec.heads
+        kv_width = (spec.kv_heads or spec.heads) * self.width
+        self.grouped = kv_width != spec.hidden_size
+        self.query = _linear(spec.hidden_size, spec.hidden_size)
+        self.key = _linear(spec.hidden_size, kv_width)
+        self.value = _linear(spec.hidden_size, kv_width)
+        self.output = _linear(spec.hidden_size, spec.hidden_size)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        q_BHTE = _rotate(self._heads(self.query(x_BTD)), context)
+        k_BKTE = _rotate(self._heads(self.key(x_BTD)), context)
+        v_BKTE = self._heads(self.value(x_BTD))
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKTE,
+            v_BKTE,
+            attn_mask=context.mask,
+            is_causal=context.mask is None,
+            enable_gqa=self.grouped,
+        )
+        mixed_BTD: Tensor = self.output(y_BHTE.transpose(1, 2).flatten(2))
+        return mixed_BTD
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """B x T x (heads E) to B x heads x T x E."""
+        heads: Tensor = x.unflatten(-1, (-1, self.width))
+        return heads.transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """silu(gate x) * (up x), then down (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate = _linear(hidden_size, intermediate_size)
+        self.up = _linear(hidden_size, intermediate_size)
+        self.down = _linear(intermediate_size, hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        down_BTD: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return down_BTD
+
+
+def intermediate_size(spec: ModelSpec) -> int:
+    """Inner width of the MLP: as given, or 8/3 of the hidden size rounded up to a multiple of 64."""
+    return spec.intermediate_size or 64 * math.ceil(spec.hidden_size * 8 / 3 / 64)
+
+
+def _rotate(x_BHTE: Tensor, context: Context) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): pair i is (i, i + E/2), as Llama's weights expect."""
+    cos, sin = context.cos.to(x_BHTE.dtype), context.sin.to(x_BHTE.dtype)
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)

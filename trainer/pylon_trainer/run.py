@@ -1,0 +1,100 @@
+"""The parts of one run and how they take a step together: forward and backward, exchange, clip and update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pylon_api.run import RunConfig
+from pylon_trainer.consensus import Exchange
+from pylon_trainer.consensus.exact import ExactExchange
+from pylon_trainer.data import TrainingData
+from pylon_trainer.errors import ConfigError
+from pylon_trainer.gating import build_step
+from pylon_trainer.models import Transformer, build_model
+from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
+from pylon_trainer.runtime.distributed import World
+from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
+from pylon_trainer.step import Batch, StepResult, TrainingStep
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one optimizer step gave; tensors stay on the device so that reading them can wait."""
+
+    results: list[StepResult]
+    """One of each micro-batch."""
+    gradient_norm: Tensor
+    learning_rate: float
+    exchanged_bytes: int
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that changes while training, and its position."""
+
+    config: RunConfig
+    world: World
+    data: TrainingData
+    model: Transformer
+    training_step: TrainingStep
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: AdamW
+    exchange: Exchange
+    total_steps: int
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Labelled tokens trained on, over all ranks."""
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """The parts of a batch that are forwarded one after the other, on the device."""
+        size = self.config.training.batch.micro_sequences or len(batch.tokens_BT)
+        return [part.to(self.world.device) for part in batch.split(size)]
+
+    def advance(self, batch: Batch, global_tokens: int) -> Update:
+        """One optimizer step on this rank's batch. Collective.
+
+        global_tokens: labelled tokens of this step over all ranks, so that the summed gradients are those of the mean.
+        """
+        schedule = self.config.training.schedule
+        ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
+        learning_rate = self.config.training.optimizer.learning_rate * ratio
+        results = [
+            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
+            for part in self.micro_batches(batch)
+        ]
+        exchanged_bytes = self.exchange.exchange(named_gradients(self.parameters))
+        gradient_norm = self.optimizer.update(learning_rate)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.step += 1
+        self.tokens += global_tokens
+        return Update(results, gradient_norm, learning_rate, exchanged_bytes)
+
+
+def build(config: RunConfig, world: World, data: TrainingData) -> Run:
+    """A run at step 0: the same weights on every rank, because all draw them from the same seed."""
+    training = config.training
+    make_deterministic(world.device)
+    seed_everything(training.seed)
+    try:
+        model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"training.model does not fit the device's memory: {error}") from error
+    seed_everything(training.seed, world.rank + 1)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return Run(
+        config=config,
+        world=world,
+        data=data,
+        model=model,
+        training_step=build_step(model, training, world.device),
+        parameters=parameters,
+        optimizer=AdamW(parameters, training.optimizer),
+        exchange=ExactExchange(world),
+        total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
+    )

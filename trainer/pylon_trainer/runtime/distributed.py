@@ -1,0 +1,141 @@
+"""This process among its peers: rank, device and the few things that all ranks say to each other.
+
+Small values travel over gloo on the CPU even when gradients travel over NCCL, so agreeing on a step never waits for
+the device. A collective that breaks means that a peer is gone: it raises PeerLost, whatever the library called it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pylon_trainer.errors import ConfigError, PeerLost
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longest wait for a peer that lives but says nothing; it must outlast a checkpoint. Dead peers are noticed at once."""
+
+T = TypeVar("T")
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Turns the failure of a collective into PeerLost."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise PeerLost(f"a peer died or fell silent: {lines[0]}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All ranks of the run, seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    def agree(self, *values: int) -> list[int]:
+        """Sums of these integers over all ranks, the same on each. Does not touch the device."""
+        vector = torch.tensor(values, dtype=torch.int64)
+        with collective():
+            dist.all_reduce(vector)
+        return [int(value) for value in vector.tolist()]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place, wherever the tensor lives."""
+        with collective():
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's small value, in the order of ranks, on each."""
+        values: list[Any] = [None] * self.size
+        with collective():
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, state: Any) -> Any:
+        """Rank 0's nested dictionaries of tensors and plain values, on each rank and on the CPU."""
+        skeleton = [_skeleton(state) if self.rank == 0 else None]
+        with collective():
+            dist.broadcast_object_list(skeleton, device=torch.device("cpu"))
+        return self._fill(skeleton[0], state)
+
+    def _fill(self, skeleton: Any, state: Any) -> Any:
+        if isinstance(skeleton, dict):
+            return {key: self._fill(part, state and state[key]) for key, part in skeleton.items()}
+        if isinstance(skeleton, Tensor):
+            tensor = state.contiguous() if self.rank == 0 else torch.empty_like(skeleton, device="cpu")
+            with collective():
+                dist.broadcast(tensor, src=0)
+            return tensor
+        return skeleton
+
+
+def _skeleton(state: Any) -> Any:
+    """The same structure with tensors that have a shape and a type but no data."""
+    if isinstance(state, dict):
+        return {key: _skeleton(part) for key, part in state.items()}
+    return torch.empty_like(state, device="meta") if isinstance(state, Tensor) else state
+
+
+def join_world(gpus_per_node: int) -> World:
+    """Meet the other ranks that the launcher started. ConfigError when the GPUs asked for are not there."""
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = _choose_device(gpus_per_node, local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _cores() // local_size))
+    with collective():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave_world() -> None:
+    """Close connections in order."""
+    dist.destroy_process_group()
+
+
+def _choose_device(gpus_per_node: int, local_rank: int) -> torch.device:
+    if gpus_per_node == 0:
+        return torch.device("cpu")
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if present < gpus_per_node:
+        raise ConfigError(
+            f"gpusPerNode {gpus_per_node}, but this machine shows {present} CUDA devices; "
+            f"ask for fewer, or set gpusPerNode 0 to train on CPU"
+        )
+    if local_rank >= present:
+        raise ConfigError(
+            f"processesPerNode asks for a process {local_rank + 1} on {present} CUDA devices; "
+            f"it must not exceed gpusPerNode"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _cores() -> int:
+    """Cores this process may use: its affinity, cut to the container's CPU limit (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores

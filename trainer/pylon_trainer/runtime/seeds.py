@@ -1,0 +1,36 @@
+"""Everything random comes from `training.seed`, so that one seed on the same machines gives the same losses."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Choose deterministic kernels; where CUDA has none for an operation it warns instead of failing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # Filling every new tensor finds reads of uninitialised memory, which is a test's business, and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed this process's generators. Ranks that must draw alike pass the same rank."""
+    torch.manual_seed((seed << 20) + rank)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of this process's generators, as CPU tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what rng_state gave; a generator that was not saved keeps its seed."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
