@@ -150,7 +150,9 @@ def _pod_template(job: PylonJob, attempt: int, default_image: str) -> Object:
         "metadata": {"labels": labels_for(job, attempt)},
         "spec": {"restartPolicy": "Never", "subdomain": attempt_name(job.metadata.name, attempt)},
     }
-    generated = {"metadata": {}, "spec": _pod_spec(job, attempt, default_image)}
+    # Sidecars may stand first; `kubectl logs` and `exec` should mean the trainer all the same.
+    annotations = {"kubectl.kubernetes.io/default-container": names.CONTAINER}
+    generated = {"metadata": {"annotations": annotations}, "spec": _pod_spec(job, attempt, default_image)}
     return merge_template(merge_template(generated, job.spec.template), fixed)
 
 

@@ -36,6 +36,12 @@ def named(*items: dict[str, Any]) -> dict[str, Any]:
             id="containers",
         ),
         pytest.param(
+            named({"name": "a"}, {"name": "b"}, {"name": "c"}),
+            named({"name": "new"}, {"name": "b"}, {"name": "newer"}),
+            named({"name": "new"}, {"name": "a"}, {"name": "b"}, {"name": "newer"}, {"name": "c"}),
+            id="the server's order",
+        ),
+        pytest.param(
             {"initContainers": [{"name": "a", "image": "x"}]},
             {"initContainers": [{"name": "a", "tty": True}]},
             {"initContainers": [{"name": "a", "image": "x", "tty": True}]},
@@ -58,8 +64,8 @@ def named(*items: dict[str, Any]) -> dict[str, Any]:
             {"ports": [{"containerPort": 80, "protocol": "UDP"}, {"containerPort": 80, "protocol": "TCP"}]},
             {
                 "ports": [
-                    {"containerPort": 80, "name": "a", "protocol": "TCP"},
                     {"containerPort": 80, "protocol": "UDP"},
+                    {"containerPort": 80, "name": "a", "protocol": "TCP"},
                 ]
             },
             id="ports by number and protocol, TCP by default",
@@ -80,6 +86,12 @@ def named(*items: dict[str, Any]) -> dict[str, Any]:
                 ]
             },
             id="volumes keep only the new source",
+        ),
+        pytest.param(
+            {"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}]},
+            {"volumes": [{"name": "shm", "emptyDir": {"sizeLimit": "9Gi"}}]},
+            {"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "9Gi"}}]},
+            id="volumes merge inside one source",
         ),
         pytest.param(
             {"imagePullSecrets": [{"name": "a"}]},
