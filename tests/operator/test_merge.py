@@ -96,7 +96,7 @@ def named(*items: dict[str, Any]) -> dict[str, Any]:
         pytest.param(
             {"imagePullSecrets": [{"name": "a"}]},
             {"imagePullSecrets": [{"name": "b"}]},
-            {"imagePullSecrets": [{"name": "a"}, {"name": "b"}]},
+            {"imagePullSecrets": [{"name": "b"}, {"name": "a"}]},
             id="imagePullSecrets",
         ),
         pytest.param(

@@ -130,11 +130,11 @@ def test_template_adds_to_what_is_generated() -> None:
     plain, built = pod(), pod(template=template)
     assert built["metadata"]["labels"] == plain["metadata"]["labels"] | {"team": "llm"}
     assert built["spec"]["nodeSelector"] == {"gpu": "h100"}
-    assert built["spec"]["volumes"] == plain["spec"]["volumes"] + template["spec"]["volumes"]
+    assert built["spec"]["volumes"] == template["spec"]["volumes"] + plain["spec"]["volumes"]
     trainer, base = built["spec"]["containers"][0], plain["spec"]["containers"][0]
-    assert trainer["env"] == [*base["env"], {"name": "NCCL_DEBUG", "value": "INFO"}]
+    assert trainer["env"] == [{"name": "NCCL_DEBUG", "value": "INFO"}, *base["env"]]
     assert trainer["command"] == base["command"]
-    assert trainer["volumeMounts"][-1] == {"name": "data", "mountPath": "/data"}
+    assert trainer["volumeMounts"][0] == {"name": "data", "mountPath": "/data"}
 
 
 def test_template_cannot_undo_what_fencing_rests_on() -> None:
