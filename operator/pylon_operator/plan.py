@@ -84,8 +84,8 @@ def refuse(observed: Observed, refusal: Refused, now: datetime) -> Decision:
     if refusal.reason is Reason.INVALID_SPEC and s.current is None:
         return conclude(s, _end(s, s.status, refusal.reason, refusal.message))
     planned = decide(s)
-    shown = Outcome(planned.status, refusal.reason, refusal.message, requeue=RECHECK_SECONDS)
-    return conclude(s, shown)
+    reason = planned.reason if s.current else refusal.reason
+    return conclude(s, Outcome(planned.status, reason, refusal.message, requeue=RECHECK_SECONDS))
 
 
 def _begin(s: Situation) -> Outcome:

@@ -1,4 +1,4 @@
-"""A cluster in memory on a fake clock: API server, Job controller, kubelets and a trainer, as far as `reconcile` can tell.
+"""A cluster in memory on a fake clock: API server, Job controller, kubelets and a trainer, as `reconcile` sees them.
 
 It may kill the operator before or after any one write, and it checks after every write and every tick what must hold at
 all times: never two live gangs, no attempt number skipped or used twice, no pod without its configuration.
@@ -219,7 +219,7 @@ class SimulatedCluster:
             return
         before, gang.step = gang.step, gang.step + STEPS_PER_TICK
         death = self.deaths.get(gang.view.attempt)
-        if (death and before < death.step <= gang.step) or (death and death.step <= before):
+        if death and death.step <= gang.step:
             gang.step = max(before, death.step)
             report = a_report(death.exit_code, ExitCode(death.exit_code).reason, death.message)
             self._end(gang, death.pod, death.exit_code, report)
