@@ -100,3 +100,12 @@ async def test_of_two_that_create_it_at_once_one_leads(server: FakeApiServer, ap
     lease = a_lease(api, "one")
     await acquired(lease)
     assert len(server.sent("POST", "/leases")) == 2
+
+
+async def test_giving_back_what_is_already_lost_asks_nobody(server: FakeApiServer, api: Api) -> None:
+    lease = a_lease(api, "one", renew_deadline_seconds=0)
+    await acquired(lease)
+    before = len(server.requests)
+    await lease.release()
+    assert len(server.requests) == before
+    assert holder(server) == "one"
