@@ -45,7 +45,7 @@ from pylon_operator.kinds import JOBS, PODS, PYLON_JOBS  # noqa: E402
 
 NAMESPACES = "/api/v1/namespaces"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-QUIET_SECONDS = 20
+QUIET_SECONDS = 60
 """How long idle and settled operators are measured for."""
 Row = dict[str, Any]
 
@@ -189,14 +189,16 @@ class Measurement:
         cpu, requests = self.operator.cpu_seconds(), await self.operator.requests()
         await asyncio.sleep(QUIET_SECONDS)
         used, after = self.operator.cpu_seconds() - cpu, await self.operator.requests()
-        sent = sum(after.values()) - sum(requests.values())
         return {
             "case": case,
             "jobs": self.made,
             "pods_per_job": self.pods,
             "rss_mib": round(self.operator.rss_mib(), 1),
             "cpu_seconds_per_minute": round(used * 60 / QUIET_SECONDS, 2),
-            "requests_per_minute": round(sent * 60 / QUIET_SECONDS),
+            **{
+                f"{verb.lower()}_per_minute": round((after.get(verb, 0) - requests.get(verb, 0)) * 60 / QUIET_SECONDS)
+                for verb in ("GET", "POST", "PATCH", "PUT")
+            },
         }
 
     async def _settled(self) -> None:
