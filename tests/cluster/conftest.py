@@ -1,6 +1,6 @@
 """A real Kubernetes for tests: one control plane per test run, a namespace and emulated nodes per test.
 
-A test module that uses `nodes` has a fixture `pod_runner` that runs its pods (see `pod_life.PodRunner`).
+Pods on emulated nodes are run by the same code as those of `pylon run`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from api import Api, Background, BlockingApi
 from control_plane import Cluster, existing_cluster
 from control_plane import control_plane as start_control_plane
 from nodes import Nodes
-from pod_life import PodRunner
 from programs import ProgramsError
 from waiting import wait_for
 
 from pylon_api import names
 from pylon_api.crd import build_crd
+from pylon_operator.local.pods import PodRunner
 
 HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--kubeconfig", type=Path, help="run tests/cluster against this cluster, not one of their own"
-    )
+    parser.addoption("--kubeconfig", type=Path, help="run tests/cluster against this cluster, not one of their own")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,11 +82,15 @@ def crd(control_plane: Cluster) -> None:
 
 
 @pytest.fixture
+def pod_runner(tmp_path: Path) -> PodRunner:
+    """How emulated nodes run pods; a module may have its own."""
+    return PodRunner(logs=tmp_path / "logs")
+
+
+@pytest.fixture
 def nodes(control_plane: Cluster, pod_runner: PodRunner) -> Iterator[Nodes]:
     """Emulated nodes, none at first; `nodes.add("node-0", gpus=8, labels=...)` registers one."""
     if not control_plane.is_emulated:
-        pytest.skip(
-            "pods run as processes only on a control plane of our own, and this one was given by --kubeconfig"
-        )
+        pytest.skip("pods run as processes only on a control plane of our own, and this one was given by --kubeconfig")
     with Nodes(control_plane.kubeconfig, pod_runner) as emulated:
         yield emulated

@@ -19,7 +19,9 @@ from typing import Any, Literal, Self
 import aiohttp
 import kubelet_objects as objects
 from api import MERGE_PATCH, Api, ApiError, Background, Object
-from pod_life import Hosts, PodLife, PodRunner
+from pod_life import Hosts, PodLife
+
+from pylon_operator.local.pods import PodRunner
 
 HEARTBEAT_SECONDS = 2.0
 RECONNECT_SECONDS = 0.2
@@ -120,9 +122,7 @@ class Nodes:
         for pod in self.pods():
             if (pod.namespace, pod.name) == (namespace, name):
                 return pod
-        raise LookupError(
-            f"no process of pod {namespace}/{name}; there are {[pod.name for pod in self.pods()]}"
-        )
+        raise LookupError(f"no process of pod {namespace}/{name}; there are {[pod.name for pod in self.pods()]}")
 
     async def _open(self) -> None:
         await self._api.__aenter__()
