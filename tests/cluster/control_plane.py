@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import secrets
 import signal
 import socket
@@ -22,7 +21,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +208,8 @@ def _run_in_foreground() -> None:
             file=sys.stderr,
             flush=True,
         )
-        signal.pause()
+        with suppress(KeyboardInterrupt):
+            signal.pause()
 
 
 def main() -> None:
@@ -223,7 +223,7 @@ def main() -> None:
     except (ProgramsError, StartError) as error:
         sys.exit(f"control plane: {error}")
     except KeyboardInterrupt:
-        sys.exit(os.EX_OK)
+        sys.exit(130)  # as a shell reports SIGINT
 
 
 if __name__ == "__main__":
