@@ -40,7 +40,6 @@ class Servers:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        # A short name: a socket's path may have no more than about a hundred characters.
         self.directory = Path(tempfile.mkdtemp(prefix="pylon-control-plane-"))
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", GUARD, str(self.directory)],
