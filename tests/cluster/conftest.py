@@ -15,12 +15,13 @@ from api import Api, Background, BlockingApi
 from control_plane import Cluster, existing_cluster
 from control_plane import control_plane as start_control_plane
 from nodes import Nodes
+from pod_life import PodRunner
 from programs import ProgramsError
 from waiting import wait_for
 
 from pylon_api import names
 from pylon_api.crd import build_crd
-from pylon_operator.local.pods import PodRunner
+from pylon_operator.local.pods import PodRunner as ProcessRunner
 
 HERE = Path(__file__).parent
 
@@ -84,7 +85,7 @@ def crd(control_plane: Cluster) -> None:
 @pytest.fixture
 def pod_runner(tmp_path: Path) -> PodRunner:
     """How emulated nodes run pods; a module may have its own."""
-    return PodRunner(logs=tmp_path / "logs")
+    return ProcessRunner(logs=tmp_path / "logs")
 
 
 @pytest.fixture

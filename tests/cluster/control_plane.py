@@ -14,7 +14,6 @@ import argparse
 import json
 import secrets
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from programs import ProgramsError, build, find_kubectl, find_programs
-from servers import Servers, StartError
+from servers import Servers, StartError, free_port
 
 # Sockets in the working directory; etcd insists on the form host:port.
 ETCD, ETCD_PEER = "unix://etcd:0", "unix://etcd-peer:0"
@@ -92,7 +91,7 @@ def control_plane() -> Iterator[Cluster]:
     programs = find_programs()
     with Servers(programs) as servers:
         directory = servers.directory
-        token, url = secrets.token_hex(32), f"https://127.0.0.1:{_free_port()}"
+        token, url = secrets.token_hex(32), f"https://127.0.0.1:{free_port()}"
         certificate = directory / "certificates" / "apiserver.crt"
         _write_private(directory / "tokens.csv", f'{token},admin,admin,"system:masters"\n')
 
@@ -171,13 +170,6 @@ def _client_flags(directory: Path) -> list[str]:
         "--kube-api-qps=500",
         "--kube-api-burst=1000",
     ]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _answers(url: str, token: str, certificate: Path) -> bool:

@@ -19,9 +19,7 @@ from typing import Any, Literal, Self
 import aiohttp
 import kubelet_objects as objects
 from api import MERGE_PATCH, Api, ApiError, Background, Object
-from pod_life import Hosts, PodLife
-
-from pylon_operator.local.pods import PodRunner
+from pod_life import Hosts, PodLife, PodRunner
 
 HEARTBEAT_SECONDS = 2.0
 RECONNECT_SECONDS = 0.2

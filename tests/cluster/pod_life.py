@@ -7,22 +7,38 @@ init containers and no probes, and restarts nothing: `restartPolicy` is taken as
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import kubelet_objects as objects
 from api import STRATEGIC_MERGE_PATCH, Api, ApiError, Object
 
-from pylon_operator.local.pods import PodProcess, PodRunner
+from pylon_operator.local.pods import PodProcess
 from pylon_operator.local.volumes import PodError
 
 MOUNT_RETRY_SECONDS = 0.5
 SIGKILLED = 137
 START_ERROR = 128  # what a kubelet reports when the container could not be started
 
-
 Mounts = dict[str, dict[str, Object]]
 """`configmaps` and `secrets`, each by name."""
+
+
+class PodRunner(Protocol):
+    """What nodes need of a runner: `pylon_operator.local.pods.PodRunner`, or one that adds to it."""
+
+    def start(
+        self,
+        pod: Object,
+        *,
+        config_maps: Mapping[str, Object],
+        secrets: Mapping[str, Object],
+        address: str,
+        hosts: Mapping[str, str],
+    ) -> PodProcess:
+        """`address` is the pod's own, `hosts` those of its Job by DNS name. `PodError` and `OSError` fail the pod."""
+        ...
 
 
 class Hosts:
