@@ -1,7 +1,8 @@
 """A cluster in memory on a fake clock: API server, Job controller, kubelets and a trainer, as `reconcile` sees them.
 
-It may kill the operator before or after any one write, and it checks after every write and every tick what must hold at
-all times: never two live gangs, no attempt number skipped or used twice, no pod without its configuration.
+It may kill the operator before any one write, which is also after the write before it: a reconcile keeps nothing in
+memory. It checks after every write and every tick what must hold at all times: never two live gangs, no attempt number
+skipped or used twice, no pod without its configuration.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class SimulatedCluster:
     dead_nodes: set[str] = field(default_factory=set)
     """Nodes that confirm nothing any more."""
     interval_steps: int = 50
-    kill_at: tuple[int, str] | None = None
-    """Number of the write, and `before` or `after` it."""
+    kill_before_write: int | None = None
+    """Number of the write, from 0."""
     commits_on_request: bool = True
 
     now: datetime = NOW
@@ -184,12 +185,10 @@ class SimulatedCluster:
 
     def _write(self, change: Callable[[], Any]) -> None:
         number, self.writes = self.writes, self.writes + 1
-        if self.kill_at == (number, "before"):
+        if number == self.kill_before_write:
             raise OperatorKilled
         change()
         self.check()
-        if self.kill_at == (number, "after"):
-            raise OperatorKilled
 
     def _create_gang(self, attempt: int) -> None:
         name = f"{self.job.metadata.name}-a{attempt}"
