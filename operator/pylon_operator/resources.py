@@ -1,8 +1,9 @@
 """Builds the Kubernetes objects of one attempt. Pure: same job and attempt, same objects, and nothing is looked up.
 
-One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration), a Secret
-(the token that guards POST /checkpoint) and one Indexed Job, all named `<job>-a<attempt>` and owned by the PylonJob.
-The Job comes last, so that whoever sees a Job knows that the rest was created before it.
+One attempt is a headless Service (stable names for the rendezvous), a ConfigMap (the run's configuration) and one
+Indexed Job, all named `<job>-a<attempt>`; a Secret (the token that guards POST /checkpoint) is shared by all
+attempts. All are owned by the PylonJob. The Job comes last, so that whoever sees a Job knows that the rest was
+created before it.
 """
 
 from __future__ import annotations
@@ -35,8 +36,17 @@ USER_ID = 65532
 
 
 def attempt_name(job_name: str, attempt: int) -> str:
-    """Name of the attempt's Job, Service, ConfigMap and Secret."""
+    """Name of the attempt's Job, Service and ConfigMap."""
     return f"{job_name}-a{attempt}"
+
+
+def token_secret_name(job: PylonJob) -> str:
+    """Name of the Secret that all attempts of this very job share.
+
+    The uid is in it because the operator may not read Secrets: it could not tell its own from a leftover of an earlier
+    job of the same name that is about to be collected.
+    """
+    return f"{job.metadata.name}-{job.metadata.uid[:8]}"
 
 
 def token_for(key: bytes, uid: str) -> str:
@@ -81,12 +91,14 @@ def build_attempt(job: PylonJob, attempt: int, *, default_image: str, token: str
     """
     _check_name(job, attempt)
     config = json.dumps(run_config(job, attempt).to_wire(), indent=2, sort_keys=True)
-    secret = base64.b64encode(token.encode()).decode()
+    token_data = {names.TOKEN_FILE: base64.b64encode(token.encode()).decode()}
     template = _pod_template(job, attempt, default_image)
     return [
         _object(job, attempt, "v1", "Service", spec=_service_spec(job, attempt)),
         _object(job, attempt, "v1", "ConfigMap", immutable=True, data={names.CONFIG_FILE: config}),
-        _object(job, attempt, "v1", "Secret", immutable=True, type="Opaque", data={names.TOKEN_FILE: secret}),
+        _object(
+            job, attempt, "v1", "Secret", name=token_secret_name(job), immutable=True, type="Opaque", data=token_data
+        ),
         _object(job, attempt, "batch/v1", "Job", spec=_job_spec(job.spec, template)),
     ]
 
@@ -102,7 +114,9 @@ def _check_name(job: PylonJob, attempt: int) -> None:
         )
 
 
-def _object(job: PylonJob, attempt: int, api_version: str, kind: str, **content: Any) -> Object:
+def _object(
+    job: PylonJob, attempt: int, api_version: str, kind: str, *, name: str | None = None, **content: Any
+) -> Object:
     owner = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -113,7 +127,7 @@ def _object(job: PylonJob, attempt: int, api_version: str, kind: str, **content:
         "blockOwnerDeletion": False,
     }
     metadata = {
-        "name": attempt_name(job.metadata.name, attempt),
+        "name": name or attempt_name(job.metadata.name, attempt),
         "namespace": job.metadata.namespace,
         "labels": labels_for(job, attempt),
         "ownerReferences": [owner],
@@ -161,6 +175,7 @@ def _pod_spec(job: PylonJob, attempt: int, default_image: str) -> Object:
     spec = job.spec
     name = attempt_name(job.metadata.name, attempt)
     shm_gib = SHM_GIB + SHM_GIB_PER_GPU * spec.gpus_per_node
+    token_secret = token_secret_name(job)
     priority = spec.scheduling.priority_class_name
     topology = {
         "path": names.TOPOLOGY_FILE,
@@ -181,7 +196,7 @@ def _pod_spec(job: PylonJob, attempt: int, default_image: str) -> Object:
         "containers": [_container(spec, name, spec.image or default_image)],
         "volumes": [
             {"name": "config", "configMap": {"name": name}},
-            {"name": "token", "secret": {"secretName": name}},
+            {"name": "token", "secret": {"secretName": token_secret}},
             # A volume, because env is fixed before the operator knows the node; never a subPath, which is not updated.
             {"name": "topology", "downwardAPI": {"items": [topology]}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shm_gib}Gi"}},

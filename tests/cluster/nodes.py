@@ -120,7 +120,9 @@ class Nodes:
         for pod in self.pods():
             if (pod.namespace, pod.name) == (namespace, name):
                 return pod
-        raise LookupError(f"no process of pod {namespace}/{name}; there are {[pod.name for pod in self.pods()]}")
+        raise LookupError(
+            f"no process of pod {namespace}/{name}; there are {[pod.name for pod in self.pods()]}"
+        )
 
     async def _open(self) -> None:
         await self._api.__aenter__()
@@ -134,10 +136,10 @@ class Nodes:
             await self._lose(node, "killed")
         if self._tasks:
             await asyncio.wait(self._tasks.values())
-        # Without a kubelet the API server would wait for ever for these pods to end.
-        orphans = [life.path for life in self._lives.values() if not life.is_reported]
+        for life in self._lives.values():
+            await life.discard()
         nodes = [path for node in self._alive for path in (f"/api/v1/nodes/{node}", f"{LEASES}/{node}")]
-        for path in [*orphans, *nodes]:
+        for path in nodes:
             await self._delete(path)
         await self._api.__aexit__(None, None, None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import kubelet_objects as objects
@@ -106,11 +107,6 @@ class PodLife:
             if self.process is not None:
                 self.process.kill()
 
-    @property
-    def is_reported(self) -> bool:
-        """The API server knows that the pod has ended, so a deletion waits for no kubelet."""
-        return self.pod["status"].get("phase") in ("Succeeded", "Failed")
-
     def observe(self, pod: Object) -> None:
         """Takes in what the API server now says of the pod."""
         old_annotations, self.pod = self.pod["metadata"].get("annotations", {}), pod
@@ -143,6 +139,18 @@ class PodLife:
             self.process.terminate(grace_seconds)
         else:
             self.process.kill()
+
+    async def discard(self) -> None:
+        """Removes a pod that nobody will report on, as the pod garbage collector does when a node is gone.
+
+        It must be Failed first: a Job that replaces only failed pods would keep its finalizer on it for ever.
+        """
+        if self.pod["status"].get("phase") in ("Succeeded", "Failed"):
+            return
+        self._node_is_lost = False
+        with suppress(ApiError):
+            await self._write({"phase": "Failed", "reason": "NodeLost"})
+            await self._remove()
 
     async def _outcome(self) -> Object:
         """Runs the process to its end and gives the pod's last status."""
@@ -222,4 +230,6 @@ class PodLife:
     async def _remove(self) -> None:
         if self._node_is_lost:
             return
-        await self._api.request("DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}})
+        await self._api.request(
+            "DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}
+        )

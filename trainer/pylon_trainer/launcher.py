@@ -18,7 +18,6 @@ from typing import NoReturn
 
 from pylon_api.names import PORT_RENDEZVOUS, ExitCode
 from pylon_api.run import RunConfig, TerminationReport
-
 from pylon_trainer import report
 from pylon_trainer.configuration import read_config
 from pylon_trainer.errors import ConfigError, PeerLost, TrainerError

@@ -5,6 +5,7 @@ Sets the scene for train.train and sees to it that however the process ends, its
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -12,9 +13,9 @@ import traceback
 from typing import NoReturn
 
 import torch
+
 from pylon_api.names import ExitCode
 from pylon_api.run import RunConfig, TrainerStatus
-
 from pylon_trainer import report
 from pylon_trainer.configuration import read_config
 from pylon_trainer.errors import NonFiniteLoss, Stopped, TrainerError
@@ -50,6 +51,7 @@ class Ending:
 def main() -> NoReturn:
     """Train, and leave with the exit code that says how it went."""
     die_with_parent()
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     stop = StopFlag()
     stop.install()
     environment = Environment.read()
@@ -70,9 +72,7 @@ def main() -> NoReturn:
     ending.leave(ExitCode.SUCCEEDED)
 
 
-def _run(
-    config: RunConfig, environment: Environment, rank: int, board: Board, stop: StopFlag, ending: Ending
-) -> None:
+def _run(config: RunConfig, environment: Environment, rank: int, board: Board, stop: StopFlag, ending: Ending) -> None:
     if rank == 0:
         serve(
             board,

@@ -38,7 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   namespace: {{ .Release.Namespace }}
 {{- end -}}
 
-{{/* What the operator may do where PylonJobs live. Secrets of users are never read: only creating one is allowed. */}}
+{{/* What the operator may do where PylonJobs live: WORKLOADS of pylon_operator/permissions.py. Secrets of users are never read: only creating one is allowed. */}}
 {{- define "pylon.jobRules" -}}
 - apiGroups: [pylon.dev]
   resources: [pylonjobs]
@@ -46,10 +46,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [pylon.dev]
   resources: [pylonjobs/status]
   verbs: [patch]
-# Needed to set blockOwnerDeletion where OwnerReferencesPermissionEnforcement is on.
-- apiGroups: [pylon.dev]
-  resources: [pylonjobs/finalizers]
-  verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, patch, delete]
@@ -59,7 +55,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   verbs: [list, watch, patch, delete]
 - apiGroups: [""]
   resources: [services, configmaps]
-  verbs: [get, list, watch, create, patch]
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [secrets]
   verbs: [create]

@@ -10,12 +10,12 @@ import logging
 from typing import Any
 
 import torch
-from pylon_api.run import CheckpointReport, TrainerPhase
 from torch import Tensor
 
+from pylon_api.run import CheckpointReport, TrainerPhase
 from pylon_trainer.checkpoint.checkpointer import Checkpointer, open_other
+from pylon_trainer.checkpoint.format import checksum
 from pylon_trainer.checkpoint.storage import Storage
-from pylon_trainer.data import merge_states
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.seeds import load_rng_state, rng_state
@@ -66,7 +66,7 @@ class Saver:
         self._board.update(phase=phase)
 
     def restore(self) -> None:
-        """Go on from the newest whole checkpoint of this job, else from restoreFrom, else from the start. Collective."""
+        """Go on from this job's newest whole checkpoint, else from restoreFrom, else from the start. Collective."""
         run = self._run
         self._board.update(phase=TrainerPhase.RESTORING, total_steps=run.total_steps)
         if self._spec is not None:
@@ -128,7 +128,7 @@ def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "model": _tensors(run.model),
         "optimizer": run.optimizer.state_dict(),
         "gate": run.training_step.state_dict(),
-        "data": merge_states([rank["data"] for rank in ranks]),
+        "data": run.data.merge_states([rank["data"] for rank in ranks]),
         "rng": {str(number): rank["rng"] for number, rank in enumerate(ranks)},
         "position": {"step": run.step, "tokens": run.tokens},
         "identity": _identity(run),
@@ -138,10 +138,11 @@ def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def _identity(run: Run) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that goes on from it."""
     training = run.config.training
+    data = training.data.model_copy(update={"prefetch_batches": 0}).to_wire()  # reading ahead moves no position
     return {
         "model": training.model.to_wire(),
-        "tokenizer": run.data.tokenizer.fingerprint,
-        "data": {"seed": training.seed, **training.data.to_wire()},
+        "tokenizer": checksum(run.data.tokenizer.to_json().encode()),
+        "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
     }
 
 

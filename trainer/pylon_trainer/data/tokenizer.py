@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+import xxhash
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from pylon_api.training import TokenizerKind, TokenizerSpec

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pylon_api.training import OptimizerSpec
 from torch import Tensor
 
+from pylon_api.training import OptimizerSpec
 from pylon_trainer.errors import ConfigError
 
 
@@ -44,9 +44,7 @@ class AdamW:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._spec.gradient_clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(
-                self._parameters.values(), self._spec.gradient_clip_norm, norm
-            )
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._spec.gradient_clip_norm, norm)
         is_bad = (~torch.isfinite(norm)).float()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
