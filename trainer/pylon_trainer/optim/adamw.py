@@ -2,7 +2,7 @@
 
 Calls torch's fused kernel itself instead of through torch.optim: that imports the compiler at the first optimizer,
 seconds of CPU time at every start, and keeps state by number instead of name. The decision to skip is taken on the
-device, which the kernel reads as it does for torch.amp.GradScaler, so no step waits for the device. Gradients are summed
+device, which the kernel reads as it does for torch.amp.GradScaler, so no step waits for it. Gradients are summed
 over ranks before, so every rank decides alike without a word.
 """
 

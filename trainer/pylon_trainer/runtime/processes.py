@@ -43,7 +43,7 @@ def run_workers(
     When one fails or `stop` is set, the rest are asked to stop with SIGTERM, once, and killed when their time is over:
     `grace` seconds after a stop, CLOSE_SECONDS after a failure.
     """
-    running = {rank: _start(config, rank, master) for rank in ranks_of(config, node_rank)}
+    running = {rank: start_worker(config, rank, master) for rank in ranks_of(config, node_rank)}
     exits: dict[int, Exit] = {}
     deadline: float | None = None
     while running:
@@ -65,8 +65,17 @@ def run_workers(
     return exits
 
 
-def _start(config: RunConfig, rank: int, master: tuple[str, int]) -> subprocess.Popen[bytes]:
-    """One worker, with the variables that torchrun would give it."""
+def start_worker(config: RunConfig, rank: int, master: tuple[str, int]) -> subprocess.Popen[bytes]:
+    """Start one worker as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pylon_trainer.worker"],
+        env={**os.environ, **worker_environment(config, rank, master)},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def worker_environment(config: RunConfig, rank: int, master: tuple[str, int]) -> dict[str, str]:
+    """The variables that torchrun would give a worker."""
     variables = {
         "RANK": rank,
         "WORLD_SIZE": config.world_size,
@@ -75,8 +84,4 @@ def _start(config: RunConfig, rank: int, master: tuple[str, int]) -> subprocess.
         "MASTER_ADDR": master[0],
         "MASTER_PORT": master[1],
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "pylon_trainer.worker"],
-        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
-        stdin=subprocess.DEVNULL,
-    )
+    return {name: str(value) for name, value in variables.items()}
