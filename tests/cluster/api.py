@@ -78,9 +78,7 @@ class Api:
         """The answer's JSON; raises `ApiError` on any HTTP error."""
         data = None if body is None else orjson.dumps(body)
         headers = {"Content-Type": content_type}
-        async with self._session.request(
-            method, path, data=data, headers=headers, params=query or {}
-        ) as response:
+        async with self._session.request(method, path, data=data, headers=headers, params=query or {}) as response:
             answer = await response.read()
             if response.status >= 400:
                 raise ApiError(response.status, _message(answer))

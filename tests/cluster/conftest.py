@@ -26,9 +26,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--kubeconfig", type=Path, help="run tests/cluster against this cluster, not one of their own"
-    )
+    parser.addoption("--kubeconfig", type=Path, help="run tests/cluster against this cluster, not one of their own")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,8 +85,6 @@ def crd(control_plane: Cluster) -> None:
 def nodes(control_plane: Cluster, pod_runner: PodRunner) -> Iterator[Nodes]:
     """Emulated nodes, none at first; `nodes.add("node-0", gpus=8, labels=...)` registers one."""
     if not control_plane.is_emulated:
-        pytest.skip(
-            "pods run as processes only on a control plane of our own, and this one was given by --kubeconfig"
-        )
+        pytest.skip("pods run as processes only on a control plane of our own, and this one was given by --kubeconfig")
     with Nodes(control_plane.kubeconfig, pod_runner) as emulated:
         yield emulated

@@ -65,9 +65,7 @@ class Cluster:
     def kubeconfig_for(self, namespace: str, service_account: str, path: Path) -> Path:
         """Writes to `path` a kubeconfig that acts as this ServiceAccount, by a token of one hour."""
         token = self.kubectl("create", "token", service_account, "--namespace", namespace, "--duration", "1h")
-        view = json.loads(
-            self.kubectl("config", "view", "--minify", "--flatten", "--raw", "--output", "json")
-        )
+        view = json.loads(self.kubectl("config", "view", "--minify", "--flatten", "--raw", "--output", "json"))
         return write_kubeconfig(path, view["clusters"][0]["cluster"], token.strip(), namespace)
 
 
@@ -78,9 +76,7 @@ def write_kubeconfig(path: Path, cluster: dict[str, Any], token: str, namespace:
         "current-context": "test",
         "clusters": [{"name": "test", "cluster": cluster}],
         "users": [{"name": "test", "user": {"token": token}}],
-        "contexts": [
-            {"name": "test", "context": {"cluster": "test", "user": "test", "namespace": namespace}}
-        ],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": namespace}}],
     }
     _write_private(path, yaml.safe_dump(config))
     return path

@@ -13,9 +13,7 @@ JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 
 
-def node(
-    name: str, *, gpus: int, gpu_resource: str, cpus: int, memory: str, labels: Mapping[str, str]
-) -> Object:
+def node(name: str, *, gpus: int, gpu_resource: str, cpus: int, memory: str, labels: Mapping[str, str]) -> Object:
     resources = {"cpu": str(cpus), "memory": memory, "pods": "250", "ephemeral-storage": "100Gi"}
     if gpus:
         resources[gpu_resource] = str(gpus)

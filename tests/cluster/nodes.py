@@ -120,9 +120,7 @@ class Nodes:
         for pod in self.pods():
             if (pod.namespace, pod.name) == (namespace, name):
                 return pod
-        raise LookupError(
-            f"no process of pod {namespace}/{name}; there are {[pod.name for pod in self.pods()]}"
-        )
+        raise LookupError(f"no process of pod {namespace}/{name}; there are {[pod.name for pod in self.pods()]}")
 
     async def _open(self) -> None:
         await self._api.__aenter__()

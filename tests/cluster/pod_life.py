@@ -230,6 +230,4 @@ class PodLife:
     async def _remove(self) -> None:
         if self._node_is_lost:
             return
-        await self._api.request(
-            "DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}
-        )
+        await self._api.request("DELETE", self.path, {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}})

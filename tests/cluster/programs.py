@@ -136,9 +136,7 @@ def _find_go() -> str:
             )
         except (OSError, subprocess.CalledProcessError) as error:
             reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
-            raise ProgramsError(
-                f"Go 1.26 is needed to build the control plane and cannot be had: {reason}"
-            ) from error
+            raise ProgramsError(f"Go 1.26 is needed to build the control plane and cannot be had: {reason}") from error
     return go
 
 

@@ -81,9 +81,7 @@ def pod_runner(tmp_path: Path) -> ShellRunner:
     return ShellRunner(tmp_path)
 
 
-def job(
-    name: str, script: str, *, completions: int = 1, pod: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def job(name: str, script: str, *, completions: int = 1, pod: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """An Indexed Job whose pods each run a shell script and ask for one GPU."""
     container = {
         "name": "main",
@@ -128,9 +126,7 @@ def pods(api: BlockingApi, namespace: str) -> list[Object]:
     return api.list(f"/api/v1/namespaces/{namespace}/pods")
 
 
-def test_job_runs_to_completion(
-    control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes
-) -> None:
+def test_job_runs_to_completion(control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes) -> None:
     nodes.add("node-0", "node-1")
     apply(control_plane, namespace, job("train", "true", completions=4))
     wait_for(lambda: "Complete" in job_condition(api, namespace, "train"), message="the Job completes")
@@ -207,9 +203,7 @@ def test_pod_waits_for_its_config_map_and_secret(
     )
     assert pod["status"]["phase"] == "Pending"
     control_plane.kubectl("-n", namespace, "create", "configmap", "config", "--from-literal=GREETING=hello")
-    control_plane.kubectl(
-        "-n", namespace, "create", "secret", "generic", "token", "--from-literal=TOKEN=s3cret"
-    )
+    control_plane.kubectl("-n", namespace, "create", "secret", "generic", "token", "--from-literal=TOKEN=s3cret")
     wait_for(lambda: "Complete" in job_condition(api, namespace, "train"), message="the Job completes")
     assert nodes.logs(namespace, pod["metadata"]["name"]) == "hello s3cret\n"
 
@@ -243,9 +237,7 @@ def test_deleted_pod_ends_within_its_grace(
     assert not nodes.pods()
 
 
-def test_killed_pod_fails_with_137(
-    control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes
-) -> None:
+def test_killed_pod_fails_with_137(control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes) -> None:
     nodes.add("node-0")
     apply(control_plane, namespace, job("train", "exec sleep 60"))
     (pod,) = wait_for(nodes.pods, message="the pod runs")
@@ -275,9 +267,7 @@ def test_lost_node_is_noticed_and_its_pods_stay(
     assert len(nodes.pods()) == (1 if processes == "running" else 0)
 
 
-def test_service_account_may_do_only_what_its_role_says(
-    control_plane: Cluster, namespace: str, tmp_path: Path
-) -> None:
+def test_service_account_may_do_only_what_its_role_says(control_plane: Cluster, namespace: str, tmp_path: Path) -> None:
     control_plane.kubectl("-n", namespace, "create", "serviceaccount", "reader")
     kubeconfig = control_plane.kubeconfig_for(namespace, "reader", tmp_path / "reader")
     with pytest.raises(KubectlError, match=f"system:serviceaccount:{namespace}:reader.* cannot list"):
