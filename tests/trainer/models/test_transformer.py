@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from pylon_api.training import ModelSpec
 from torch import Tensor
 
+from pylon_api.training import ModelSpec
 from pylon_trainer.data.tokenizer import ByteTokenizer
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.export import BLOCK_NAMES, llama_config, llama_weights
@@ -108,9 +108,7 @@ def test_factorised_embeddings_equal_their_product(tied: bool) -> None:
     hidden_BTD = model(tokens_BT)
 
     torch.testing.assert_close(model.head(hidden_BTD), hidden_BTD @ model.head_weight.T)
-    torch.testing.assert_close(
-        model.head(hidden_BTD), llama_of(model)(tokens_BT).logits, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(model.head(hidden_BTD), llama_of(model)(tokens_BT).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_no_token_sees_a_later_one() -> None:
