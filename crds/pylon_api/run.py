@@ -94,6 +94,8 @@ class TrainerStatus(Report):
     """Share of tokens that carried gradient in the last log interval; unset without gating."""
     bytes_per_step: int | None = None
     """Bytes that one rank exchanged per step, the larger of sent and received."""
+    skipped_steps: int = 0
+    """Steps of this attempt whose update was left out because gradients were not finite."""
     step_seconds: float | None = None
     """Median seconds per step over the last log interval."""
     checkpoint: CheckpointReport | None = None

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import ValidationError
-from pylon_api.run import RunConfig
 
+from pylon_api.run import RunConfig
 from pylon_trainer.errors import ConfigError
 
 
@@ -44,6 +44,5 @@ def _check_batch(config: RunConfig) -> None:
         )
     if batch.micro_sequences is not None and share % batch.micro_sequences:
         raise ConfigError(
-            f"training.batch.microSequences {batch.micro_sequences} must divide the {share} sequences "
-            f"of each process"
+            f"training.batch.microSequences {batch.micro_sequences} must divide the {share} sequences of each process"
         )

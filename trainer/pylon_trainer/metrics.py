@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
 from pylon_api.run import TrainerPhase
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class StatusCollector(Collector):
             if value is not None:
                 yield GaugeMetricFamily(f"pylon_trainer_{field}", description, value=value)
         yield CounterMetricFamily("pylon_trainer_tokens", "Tokens trained on.", value=status.tokens)
+        description = "Steps whose update was left out because gradients were not finite."
+        yield CounterMetricFamily("pylon_trainer_skipped_steps", description, value=status.skipped_steps)
         if status.checkpoint is not None:
             description = "Step of the newest committed checkpoint."
             yield GaugeMetricFamily("pylon_trainer_checkpoint_step", description, value=status.checkpoint.step)

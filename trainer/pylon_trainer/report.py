@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
+
 from pylon_api.names import SECONDARY, ExitCode
 from pylon_api.run import TerminationReport
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from pylon_api.run import RunConfig
 from torch import Tensor
 
+from pylon_api.run import RunConfig
 from pylon_trainer.consensus import Exchange
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.gating import build_step
-from pylon_trainer.models import build_model
+from pylon_trainer.models import Transformer, build_model
 from pylon_trainer.optim.adamw import AdamW, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
@@ -39,6 +39,7 @@ class Run:
     config: RunConfig
     world: World
     data: TrainingData
+    model: Transformer
     training_step: TrainingStep
     parameters: dict[str, torch.nn.Parameter]
     optimizer: AdamW
@@ -48,10 +49,6 @@ class Run:
     """Optimizer steps done."""
     tokens: int = 0
     """Labelled tokens trained on, over all ranks."""
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self.training_step.model
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """The parts of a batch that are forwarded one after the other, on the device."""
@@ -94,6 +91,7 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         config=config,
         world=world,
         data=data,
+        model=model,
         training_step=build_step(model, training, world.device),
         parameters=parameters,
         optimizer=AdamW(parameters, training.optimizer),

@@ -1,7 +1,7 @@
 """What the run says of itself: the status board that the loop writes and rank 0's HTTP server reads.
 
-`GET /status` (TrainerStatus), `GET /metrics` (Prometheus), `POST /checkpoint` (bearer token). The loop never waits for a
-reader: a status is an immutable object that is replaced as a whole.
+`GET /status` (TrainerStatus), `GET /metrics` (Prometheus), `POST /checkpoint` (bearer token). The loop never waits
+for a reader: a status is an immutable object that is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
 from pylon_api.names import ENV_STATUS_PORT
 from pylon_api.run import CheckpointReport, TrainerPhase, TrainerStatus
-
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.metrics import StatusCollector
 
@@ -84,7 +84,9 @@ class Board:
             return step
 
 
-def serve(board: Board, host: str, port: int, *, token_file: Path | None, saves_checkpoints: bool) -> ThreadingHTTPServer:
+def serve(
+    board: Board, host: str, port: int, *, token_file: Path | None, saves_checkpoints: bool
+) -> ThreadingHTTPServer:
     """Answer in a daemon thread until the process ends. ConfigError when the address cannot be had."""
     registry = CollectorRegistry()
     registry.register(StatusCollector(board))

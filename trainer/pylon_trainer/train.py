@@ -9,9 +9,9 @@ import logging
 from contextlib import closing
 
 import torch
+
 from pylon_api.run import RunConfig, TrainerPhase
 from pylon_api.training import ExportFormat, GatingStrategy
-
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.data import open_data
 from pylon_trainer.errors import NonFiniteLoss, Stopped
@@ -48,6 +48,7 @@ def train(config: RunConfig, world: World, board: Board, stop: StopFlag) -> None
         run = build(config, world, data)
         saver = Saver(run, board)
         saver.restore()
+        stop.defer()
         meter = Meter(world)
         held_out = data.held_out(training.evaluation.sequences)
         while run.step < run.total_steps:
@@ -139,6 +140,6 @@ def _leave_results(run: Run, board: Board) -> None:
         logger.info(f"sample: {sample}")
     if training.export.format is ExportFormat.HUGGING_FACE:
         uri = training.export.uri or f"{run.config.checkpoint_directory}/export"
-        export_hugging_face(run.model, training.model, tokenizer, uri)
+        export_hugging_face(run.model, tokenizer, uri, sequence_length=training.data.sequence_length)
         board.update(export_uri=uri)
         logger.info(f"exported to {uri}")

@@ -5,6 +5,7 @@ Sets the scene for train.train and sees to it that however the process ends, its
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -12,9 +13,9 @@ import traceback
 from typing import NoReturn
 
 import torch
+
 from pylon_api.names import ExitCode
 from pylon_api.run import RunConfig, TrainerStatus
-
 from pylon_trainer import report
 from pylon_trainer.configuration import read_config
 from pylon_trainer.errors import NonFiniteLoss, Stopped, TrainerError
@@ -50,13 +51,13 @@ class Ending:
 def main() -> NoReturn:
     """Train, and leave with the exit code that says how it went."""
     die_with_parent()
-    stop = StopFlag()
-    stop.install()
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     environment = Environment.read()
     config = read_config(environment.config_path)
     rank = int(os.environ["RANK"])
     board = Board(TrainerStatus(uid=config.uid, attempt=config.attempt))
     ending = Ending(environment, rank, board)
+    stop = StopFlag(at_once=lambda why: ending.leave(ExitCode.STOPPED, why))
     try:
         _run(config, environment, rank, board, stop, ending)
     except TrainerError as error:
@@ -70,9 +71,7 @@ def main() -> NoReturn:
     ending.leave(ExitCode.SUCCEEDED)
 
 
-def _run(
-    config: RunConfig, environment: Environment, rank: int, board: Board, stop: StopFlag, ending: Ending
-) -> None:
+def _run(config: RunConfig, environment: Environment, rank: int, board: Board, stop: StopFlag, ending: Ending) -> None:
     if rank == 0:
         serve(
             board,

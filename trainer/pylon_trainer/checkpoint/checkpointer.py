@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pylon_api.run import CheckpointReport
-
 from pylon_trainer.checkpoint.format import (
     COMMITTED,
     MANIFEST,

@@ -10,9 +10,9 @@ import logging
 from typing import Any
 
 import torch
-from pylon_api.run import CheckpointReport, TrainerPhase
 from torch import Tensor
 
+from pylon_api.run import CheckpointReport, TrainerPhase
 from pylon_trainer.checkpoint.checkpointer import Checkpointer, open_other
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.data import merge_states
@@ -60,13 +60,14 @@ class Saver:
         ranks = run.world.gather(own)
         if self._checkpointer is not None:
             report = self._checkpointer.save(run.step, _state(run, ranks))
-            self._board.saved(report)
             logger.info(f"step={run.step} checkpoint={report.uri} bytes={report.size_bytes}")
+        # Nobody goes on, or leaves, before the commit.
+        self._board.saved(run.world.broadcast(report if run.world.rank == 0 else None))
         self._saved_step = run.step
         self._board.update(phase=phase)
 
     def restore(self) -> None:
-        """Go on from the newest whole checkpoint of this job, else from restoreFrom, else from the start. Collective."""
+        """Go on from this job's newest whole checkpoint, else from restoreFrom, else from the start. Collective."""
         run = self._run
         self._board.update(phase=TrainerPhase.RESTORING, total_steps=run.total_steps)
         if self._spec is not None:
@@ -138,10 +139,11 @@ def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def _identity(run: Run) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that goes on from it."""
     training = run.config.training
+    data = training.data.model_copy(update={"prefetch_batches": 0}).to_wire()  # reading ahead moves no position
     return {
         "model": training.model.to_wire(),
         "tokenizer": run.data.tokenizer.fingerprint,
-        "data": {"seed": training.seed, **training.data.to_wire()},
+        "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
     }
 
 

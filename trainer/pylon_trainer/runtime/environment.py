@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pylon_api import names
-
 from pylon_trainer.errors import ConfigError
 
 _DEFAULT_GRACE_SECONDS = 30
