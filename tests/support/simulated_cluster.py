@@ -1,7 +1,8 @@
-"""A cluster in memory on a fake clock: API server, Job controller, kubelets and a trainer, as far as `reconcile` can tell.
+"""A cluster in memory on a fake clock: API server, Job controller, kubelets and a trainer, as `reconcile` sees them.
 
-It may kill the operator before or after any one write, and it checks after every write and every tick what must hold at
-all times: never two live gangs, no attempt number skipped or used twice, no pod without its configuration.
+It may kill the operator before any one write, which is also after the write before it: a reconcile keeps nothing in
+memory. It checks after every write and every tick what must hold at all times: never two live gangs, no attempt number
+skipped or used twice, no pod without its configuration.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from operator_builders import NOW, UID, a_checkpoint, a_report
+
 from pylon_api.job import PylonJob, PylonJobStatus
 from pylon_api.names import ExitCode
 from pylon_api.run import TrainerPhase, TrainerStatus
@@ -70,8 +72,8 @@ class SimulatedCluster:
     dead_nodes: set[str] = field(default_factory=set)
     """Nodes that confirm nothing any more."""
     interval_steps: int = 50
-    kill_at: tuple[int, str] | None = None
-    """Number of the write, and `before` or `after` it."""
+    kill_before_write: int | None = None
+    """Number of the write, from 0."""
     commits_on_request: bool = True
 
     now: datetime = NOW
@@ -183,12 +185,10 @@ class SimulatedCluster:
 
     def _write(self, change: Callable[[], Any]) -> None:
         number, self.writes = self.writes, self.writes + 1
-        if self.kill_at == (number, "before"):
+        if number == self.kill_before_write:
             raise OperatorKilled
         change()
         self.check()
-        if self.kill_at == (number, "after"):
-            raise OperatorKilled
 
     def _create_gang(self, attempt: int) -> None:
         name = f"{self.job.metadata.name}-a{attempt}"
@@ -218,7 +218,7 @@ class SimulatedCluster:
             return
         before, gang.step = gang.step, gang.step + STEPS_PER_TICK
         death = self.deaths.get(gang.view.attempt)
-        if death and before < death.step <= gang.step or death and death.step <= before:
+        if death and death.step <= gang.step:
             gang.step = max(before, death.step)
             report = a_report(death.exit_code, ExitCode(death.exit_code).reason, death.message)
             self._end(gang, death.pod, death.exit_code, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pylon_api.job import ConditionStatus, PylonJob
@@ -26,9 +26,12 @@ def print_summary(
 ) -> None:
     """Prints the end of a run; `again` is the command that resumes it."""
     console.print(_outcome(job, again), highlight=False, soft_wrap=True)
-    console.print(_facts(job, report, directory))
+    for name, value in _facts(job, report, directory):
+        console.print(Text.assemble((f"{name:<12}", "dim"), value), soft_wrap=True)
+    console.print()
     console.print(_conditions(job))
     if job.status.failures:
+        console.print()
         console.print(_failures(job))
     for notice in report.notices if report else []:
         console.print(Text(f"Notice: {notice}", style="yellow"))
@@ -58,30 +61,46 @@ def _outcome(job: PylonJob, again: str) -> Text:
     return Text.assemble((f"{name} failed. ", "bold red"), said)
 
 
-def _facts(job: PylonJob, report: TrainerStatus | None, directory: JobDirectory) -> Table:
-    status = job.status
-    grid = Table.grid(padding=(0, 2))
-    if status.training:
-        training = status.training
-        grid.add_row("training", f"step {training.step}/{training.total_steps}  {'  '.join(figures(training))}")
+def _facts(job: PylonJob, report: TrainerStatus | None, directory: JobDirectory) -> list[tuple[str, str]]:
+    status, facts = job.status, []
+    if training := status.training:
+        done = f"step {training.step}/{training.total_steps}"
+        facts.append(("training", "  ".join([done, *figures(training)])))
     if status.checkpoint:
-        grid.add_row("checkpoint", f"step {status.checkpoint.step}  {status.checkpoint.uri}")
+        facts.append(("checkpoint", f"step {status.checkpoint.step}  {status.checkpoint.uri}"))
     if report and report.export_uri:
-        grid.add_row("export", report.export_uri)
-    grid.add_row("attempts", f"{status.attempt}, {status.restarts} of them restarts after a failure")
-    grid.add_row("logs", str(directory.logs))
-    return grid
+        facts.append(("export", report.export_uri))
+    facts.append(("restarts", str(status.restarts)))
+    facts.append(("logs", str(directory.logs)))
+    return facts
 
 
 def _conditions(job: PylonJob) -> Table:
-    table = Table("Condition", "Status", "Reason", "Message", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        "Condition",
+        "Status",
+        "Reason",
+        Column("Message", overflow="fold"),
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     for each in job.status.conditions:
         table.add_row(each.type, MARKS[each.status], each.reason, Text(each.message))
     return table
 
 
 def _failures(job: PylonJob) -> Table:
-    table = Table("Failed attempt", "Step", "Exit", "Reason", "Message", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        "Failed attempt",
+        "Step",
+        "Exit",
+        "Reason",
+        Column("Message", overflow="fold"),
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     for each in job.status.failures:
         step = "" if each.step is None else str(each.step)
         code = "" if each.exit_code is None else str(each.exit_code)
