@@ -13,7 +13,8 @@ INTRODUCTION = f"""\
 # {names.KIND} reference
 
 `{names.API_VERSION}`, namespaced, short name `pj`, category `pylon`; `kubectl explain pj.spec` prints the same.
-A field that is absent takes its default; one without a default is then unset, as when it is null. Unknown fields are errors.
+A field that is absent takes its default; one without a default is then unset, as when it is null. Unknown fields are
+errors.
 """
 
 
