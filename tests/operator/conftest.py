@@ -30,7 +30,7 @@ def eventually() -> Callable[[Callable[[], object]], Awaitable[None]]:
 
     async def wait(condition: Callable[[], object]) -> None:
         async with asyncio.timeout(10):
-            while not condition():  # noqa: ASYNC110  anything may be waited for, so there is no event
+            while not condition():
                 await asyncio.sleep(0.002)
 
     return wait

@@ -63,7 +63,7 @@ class Polling:
     async def polled_again(self) -> None:
         async with asyncio.timeout(5):
             asked = self.trainer.asked
-            while self.trainer.asked < asked + 3:  # noqa: ASYNC110
+            while self.trainer.asked < asked + 3:
                 await asyncio.sleep(0.001)
 
 

@@ -24,8 +24,8 @@ class TroubledFileSystem(MemoryFileSystem):
     """A store that fails its next operations, one error each."""
 
     protocol = "troubled"
-    store: dict[str, object] = {}  # noqa: RUF012  as MemoryFileSystem has it
-    troubles: list[Exception] = []  # noqa: RUF012
+    store: dict[str, object] = {}
+    troubles: list[Exception] = []
 
     def _open(self, path, mode="rb", **kwargs):  # type: ignore[no-untyped-def]
         if self.troubles:
