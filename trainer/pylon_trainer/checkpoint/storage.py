@@ -21,7 +21,9 @@ from pylon_trainer.errors import ConfigError, StorageError, TrainerError
 RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Waits between tries: a store that is busy or a connection that broke is usually back within seconds."""
 
-_FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+_FINAL = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+)
 """Errors of a disk that no retry mends."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
@@ -82,9 +84,9 @@ class Storage:
         for delay in (*RETRY_DELAYS_SECONDS, None):
             try:
                 return operation()
-            except FileNotFoundError:
-                raise
             except Exception as error:  # every store brings exceptions of its own; each is translated, none swallowed
+                if isinstance(error, FileNotFoundError) and verb != "write":
+                    raise
                 failure = _translated(error, verb, uri)
                 if delay is None or _is_final(error):
                     raise failure from error
