@@ -50,10 +50,10 @@ def test_a_signal_is_heard_while_the_main_thread_runs_no_bytecode() -> None:
     def run() -> None:
         StopFlag(at_once=lambda _: os._exit(7))
         main = os.getpid()
-        forever = threading.Thread(target=threading.Event().wait)
-        forever.start()
         threading.Timer(0.01, lambda: os.kill(main, signal.SIGTERM)).start()
-        ctypes.CDLL(None).pthread_join(ctypes.c_ulong(forever.ident or 0), None)
+        mutex = ctypes.create_string_buffer(128)
+        for _ in range(2):  # the second lock of a mutex waits for ever, and no signal ends the wait
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
 
     assert wait(fork(run)) == 7
 
