@@ -39,7 +39,7 @@ class Storage:
         """ConfigError when the URI's scheme is unknown or its client is not installed."""
         self.uri = uri.rstrip("/")
         self._sleep = sleep
-        self._fs, self._root = _open(self.uri)
+        self._fs, self._root = open_store(self.uri)
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def write(self, path: str, data: bytes) -> None:
@@ -94,7 +94,8 @@ class Storage:
         raise AssertionError("the last try returns or raises")
 
 
-def _open(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_store(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system behind a URI, and the path in it. ConfigError as Storage has it."""
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     try:
         fs, root = fsspec.core.url_to_fs(uri)
