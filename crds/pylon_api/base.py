@@ -20,6 +20,7 @@ class Spec(BaseModel):
         populate_by_name=True,
         frozen=True,
         extra="forbid",
+        allow_inf_nan=False,  # JSON, and so the API server, has neither
         use_attribute_docstrings=True,
     )
 
@@ -31,7 +32,7 @@ class Spec(BaseModel):
 class Report(Spec):
     """What a program writes: unknown fields are ignored, so that a newer writer can talk to an older reader."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
 
 def rule(expression: str, message: str, **more: str) -> dict[str, str]:

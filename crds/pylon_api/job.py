@@ -26,6 +26,19 @@ QualifiedName = Annotated[
 ]
 
 
+IMMUTABLE_FIELDS = (
+    "nodes",
+    "gpusPerNode",
+    "processesPerNode",
+    "gpuResourceName",
+    "managedBy",
+    "scheduling",
+    "topology",
+    "training",
+)
+"""Fields of the spec that no update may change, because what was trained before would no longer fit."""
+
+
 class FailureAction(enum.StrEnum):
     RESTART = "Restart"
     RESTART_FREELY = "RestartFreely"
@@ -135,23 +148,16 @@ class PylonJobSpec(Spec):
                     f"has(self.{field}) == has(oldSelf.{field}) && "
                     f"(!has(self.{field}) || self.{field} == oldSelf.{field})",
                     f"{field} is immutable: delete the job and make another",
+                    fieldPath=f".{field}",
                 )
-                for field in (
-                    "nodes",
-                    "gpusPerNode",
-                    "processesPerNode",
-                    "gpuResourceName",
-                    "managedBy",
-                    "scheduling",
-                    "topology",
-                    "training",
-                )
+                for field in IMMUTABLE_FIELDS
             ),
             rule(
                 "!has(self.training.batch) || !has(self.training.batch.sequences) || "
                 "self.training.batch.sequences % (self.nodes * (has(self.processesPerNode) ? self.processesPerNode : "
                 "(self.gpusPerNode > 0 ? self.gpusPerNode : 1))) == 0",
                 "training.batch.sequences must be divisible by the number of processes (nodes x processesPerNode)",
+                fieldPath=".training.batch.sequences",
             ),
         )
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,10 @@ def load_manifest(path: Path) -> PylonJob:
     jobs = [d for d in documents if isinstance(d, dict) and d.get("kind") == names.KIND]
     if len(jobs) != 1:
         raise ManifestError([f"{path}: holds {len(jobs)} documents of kind {names.KIND}, needs exactly 1"])
-    return parse_job(jobs[0])
+    try:
+        return parse_job(jobs[0])
+    except ManifestError as error:
+        raise ManifestError([f"{path}: {problem}" for problem in error.problems]) from error
 
 
 def parse_job(manifest: dict[str, Any]) -> PylonJob:
@@ -42,7 +47,11 @@ def parse_job(manifest: dict[str, Any]) -> PylonJob:
     if manifest.get("apiVersion") != names.API_VERSION:
         raise ManifestError([f"apiVersion: {manifest.get('apiVersion')!r}, should be {names.API_VERSION}"])
     try:
-        job = PylonJob.model_validate(manifest)
+        text = json.dumps(manifest, default=str)
+    except (TypeError, ValueError) as error:
+        raise ManifestError([f"manifest: has no JSON form: {error}"]) from error
+    try:
+        job = PylonJob.model_validate_json(text, strict=True)  # strict: the API server takes no "2" for 2 either
     except ValidationError as error:
         raise ManifestError(describe(error)) from error
     if len(job.metadata.name) > names.MAX_JOB_NAME_LENGTH:
@@ -52,6 +61,13 @@ def parse_job(manifest: dict[str, Any]) -> PylonJob:
                 f"at most {names.MAX_JOB_NAME_LENGTH} fit (pod host names are made from it)"
             ]
         )
+    if not re.fullmatch(names.JOB_NAME_PATTERN, job.metadata.name):
+        raise ManifestError(
+            [
+                f"metadata.name: {job.metadata.name!r} must be lower-case letters, digits and '-', starting with a "
+                "letter (a Service is named after it)"
+            ]
+        )
     return job
 
 
@@ -59,7 +75,7 @@ def describe(error: ValidationError) -> list[str]:
     """pydantic's errors as one line each: `spec.training.batch.sequences: Input should be ... (got 0)`."""
     lines = []
     for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"]) or "manifest"
+        field = field_path(problem["loc"]) or "manifest"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{field}: unknown field")
         elif problem["type"] == "missing":
@@ -70,3 +86,8 @@ def describe(error: ValidationError) -> list[str]:
             shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool)) else ""
             lines.append(f"{field}: {message}{shown}")
     return lines
+
+
+def field_path(location: tuple[int | str, ...]) -> str:
+    """A field as Kubernetes writes it: `spec.failurePolicy.rules[0].exitCodes`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")

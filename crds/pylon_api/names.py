@@ -34,6 +34,8 @@ ANNOTATION_TOPOLOGY = f"{GROUP}/topology"
 
 MAX_JOB_NAME_LENGTH = 52
 """A pod's hostname is `<name>-a<attempt>-<index>` and must fit a 63-character DNS label: 52 leaves room for both."""
+JOB_NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
+"""A job's Service is named after it, so the name is a DNS label that starts with a letter (RFC 1035)."""
 
 CONTAINER = "trainer"
 PORT_RENDEZVOUS = 29400
@@ -78,6 +80,11 @@ class ExitCode(enum.IntEnum):
     """A peer died or fell silent: left at once, so that the gang can restart."""
     BAD_CONFIG = 78
     """The configuration cannot work; a restart would not help."""
+
+    @property
+    def reason(self) -> str:
+        """The name in CamelCase, as conditions and failure records have it."""
+        return "".join(word.capitalize() for word in self.name.split("_"))
 
 
 USER_ERRORS = frozenset({ExitCode.BAD_CONFIG, ExitCode.BAD_DATA})

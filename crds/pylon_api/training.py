@@ -207,12 +207,12 @@ class Precision(enum.StrEnum):
 
 
 class Compile(enum.StrEnum):
-    OFF = "Off"
+    OFF = "Disabled"  # YAML 1.1 reads a bare Off as false
     DEFAULT = "Default"
 
 
 class GatingStrategy(enum.StrEnum):
-    OFF = "Off"
+    OFF = "Disabled"  # YAML 1.1 reads a bare Off as false
     GRADIENT_NORM = "GradientNorm"
     ENTROPY = "Entropy"
     LOSS = "Loss"
@@ -229,7 +229,7 @@ class GatingSpec(Spec):
     """Confidence-gated gradient routing: which tokens the backward pass through the head is spent on."""
 
     strategy: GatingStrategy = GatingStrategy.OFF
-    """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Off: all tokens carry gradient."""
+    """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Disabled: no token is left out."""
     selection: GatingSelection = GatingSelection.SAMPLED
     """Sampled: drawn with probability proportional to the score and weighted by its inverse, so that the gradient is
     unbiased. Top: the highest scores only, which is biased."""
@@ -276,7 +276,7 @@ class EvaluationSpec(Spec):
 
 
 class ExportFormat(enum.StrEnum):
-    OFF = "Off"
+    OFF = "Disabled"  # YAML 1.1 reads a bare Off as false
     HUGGING_FACE = "HuggingFace"
 
 
@@ -284,7 +284,7 @@ class ExportSpec(Spec):
     """What is left when training has ended."""
 
     format: ExportFormat = ExportFormat.OFF
-    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer. Off: nothing."""
+    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer. Disabled: nothing."""
     uri: Uri | None = None
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
@@ -305,7 +305,7 @@ class TrainingSpec(Spec):
     precision: Precision = Precision.BFLOAT16
     """BFloat16: autocast with float32 weights and optimizer state. Float32: everything in float32."""
     compile: Compile = Compile.OFF
-    """Default: torch.compile of every block. Off: eager."""
+    """Default: torch.compile of every block. Disabled: eager."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Fixes initialisation, data order and gating; the same seed on the same machines gives the same losses."""
     gating: GatingSpec = GatingSpec()
@@ -322,7 +322,7 @@ class TrainingSpec(Spec):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "!has(self.export) || self.export.format == 'Off' || has(self.export.uri) || has(self.checkpoint)",
+                "!has(self.export) || self.export.format == 'Disabled' || has(self.export.uri) || has(self.checkpoint)",
                 "export needs export.uri or checkpoint.uri to know where to write",
             ),
         )

@@ -43,6 +43,11 @@ class PodView:
         """Whether none of its containers can run again."""
         return self.phase in ("Succeeded", "Failed")
 
+    @property
+    def failed(self) -> bool:
+        """Whether its trainer has failed, even if a sidecar keeps the pod running."""
+        return self.phase == "Failed" or self.exit_code not in (None, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptView:
@@ -84,7 +89,7 @@ class CreateAttempt:
 
 @dataclass(frozen=True, slots=True)
 class DeleteAttempt:
-    """Delete a batch Job and its pods in the background, only if it still has this uid."""
+    """Delete a batch Job with its pods, only if it still has this uid; also the Service and ConfigMap of its name."""
 
     name: str
     uid: str

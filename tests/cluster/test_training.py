@@ -1,0 +1,333 @@
+"""PylonJobs on a real API server: applied with kubectl, run by the operator under the chart's roles, pods as processes.
+
+Each test is a life that a user could watch with `kubectl get pylonjobs --watch`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from api import BlockingApi
+from control_plane import Cluster, KubectlError
+from gang_runner import GangRunner
+from nodes import Nodes
+from operator_process import ROOT, OperatorProcess
+from waiting import wait_for
+
+from pylon_api import names
+from pylon_api.job import PylonJob
+from pylon_operator.local.pods import PodRunner as ProcessRunner
+
+pytestmark = pytest.mark.usefixtures("crd")
+helm = pytest.importorskip("helm_python", reason="Helm's engine is packaged for Linux only")
+
+RELEASE_NAMESPACE = "pylon-system"
+ENDLESS = 1_000_000
+START_SECONDS = 120
+"""Long enough for a gang to import torch and make its first step on two busy cores."""
+
+
+@pytest.fixture(scope="module")
+def operator(
+    control_plane: Cluster, api: BlockingApi, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
+    """The operator, running with no other permission than the chart grants."""
+    if not control_plane.is_emulated:
+        pytest.skip("pods run as processes only on a control plane of our own, and this one was given by --kubeconfig")
+    api.create("/api/v1/namespaces", {"metadata": {"name": RELEASE_NAMESPACE}})
+    files = helm.Chart.load(ROOT / "charts" / "pylon").render({}, name="pylon", namespace=RELEASE_NAMESPACE)
+    objects = [obj for name, text in files.items() if name.endswith(".yaml") for obj in yaml.safe_load_all(text) if obj]
+    roles = [obj for obj in objects if obj["kind"] not in ("Deployment", "Service")]
+    control_plane.apply(*roles)
+    directory = tmp_path_factory.mktemp("operator")
+    kubeconfig = control_plane.kubeconfig_for(RELEASE_NAMESPACE, "pylon", directory / "kubeconfig")
+    running = OperatorProcess(kubeconfig, RELEASE_NAMESPACE, directory / "operator.log")
+    running.start()
+    yield running
+    running.stop()
+    control_plane.kubectl("delete", "-f", "-", "--wait=false", stdin=yaml.safe_dump_all(roles))
+    api.delete(f"/api/v1/namespaces/{RELEASE_NAMESPACE}")
+
+
+@pytest.fixture
+def pod_runner(tmp_path: Path) -> GangRunner:
+    paths = ":".join(str(ROOT / folder) for folder in ("crds", "operator", "trainer"))
+    return GangRunner(ProcessRunner(tmp_path / "pods", {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}))
+
+
+class Job:
+    """One PylonJob: changed with kubectl, as a user would; looked at through the API, which is cheaper to repeat."""
+
+    def __init__(self, cluster: Cluster, api: BlockingApi, namespace: str, manifest: dict[str, Any]) -> None:
+        self._cluster = cluster
+        self._api = api
+        self.namespace = namespace
+        self.name: str = manifest["metadata"]["name"]
+        self._kubectl("apply", "-f", "-", stdin=yaml.safe_dump(manifest))
+
+    def _kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        return self._cluster.kubectl("--namespace", self.namespace, *arguments, stdin=stdin)
+
+    @property
+    def seen(self) -> PylonJob:
+        path = f"/apis/{names.API_VERSION}/namespaces/{self.namespace}/{names.PLURAL}/{self.name}"
+        return PylonJob.model_validate(self._api.get(path))
+
+    def condition(self, kind: str) -> tuple[str, str, str]:
+        """Status, reason and message."""
+        for condition in self.seen.status.conditions:
+            if condition.type == kind:
+                return condition.status.value, condition.reason, condition.message
+        return "", "", ""
+
+    def patch(self, **spec: Any) -> None:
+        self._kubectl("patch", "pylonjob", self.name, "--type=merge", "--patch", json.dumps({"spec": spec}))
+
+    def delete(self) -> None:
+        self._kubectl("delete", "pylonjob", self.name)
+
+    def wait(self, condition: Callable[[PylonJob], Any], message: str, timeout_seconds: float = START_SECONDS) -> Any:
+        try:
+            return wait_for(lambda: condition(self.seen), timeout_seconds, f"{self.name}: {message}")
+        except AssertionError as error:
+            error.add_note(self._kubectl("get", "pylonjob,job,pod,event", "--output", "wide"))
+            error.add_note(self._kubectl("get", "pylonjob", self.name, "--output", "yaml"))
+            raise
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait(lambda job: job.status.training and job.status.training.step >= step, f"step {step}")
+
+    def wait_for_commit(self, after: int = 0) -> int:
+        committed: int = self.wait(
+            lambda job: job.status.checkpoint and job.status.checkpoint.step > after and job.status.checkpoint.step,
+            f"a commit after step {after}",
+        )
+        return committed
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A glob over a little text that a small model learns within a few steps."""
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text("a tree is a tree is a tree\n" * 200)
+    return f"{tmp_path}/*.txt"
+
+
+def manifest(text: str, tmp_path: Path, *, name: str = "tree", steps: int, **spec: Any) -> dict[str, Any]:
+    """A job of seconds: a model of one block on one or more CPU pods."""
+    training = {
+        "model": {"layers": 1, "hiddenSize": 32, "heads": 2},
+        "data": {"train": [text], "sequenceLength": 32, "prefetchBatches": 0},
+        "optimizer": {"learningRate": 0.01},
+        "schedule": {"steps": steps, "warmupSteps": 2},
+        "batch": {"sequences": 4},
+        "precision": "Float32",
+        "logIntervalSteps": 5,
+        "checkpoint": {"uri": f"file://{tmp_path}/checkpoints", "intervalSteps": 20},
+        "evaluation": {"intervalSteps": 0, "sequences": 4},
+    }
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": name},
+        "spec": {"training": training, "failurePolicy": {"backoffSeconds": 0}, **spec},
+    }
+
+
+def live_pods(nodes: Nodes, namespace: str) -> list[str]:
+    return sorted(pod.name for pod in nodes.pods() if pod.namespace == namespace)
+
+
+def test_quickstart_trains_to_the_end(
+    control_plane: Cluster, api: BlockingApi, operator: OperatorProcess, nodes: Nodes, namespace: str, tmp_path: Path
+) -> None:
+    """examples/quickstart.yaml, fewer steps of a smaller batch, otherwise as it stands."""
+    nodes.add("node-0", gpus=8)
+    quickstart = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    training = quickstart["spec"]["training"]
+    training["schedule"] |= {"steps": 30, "warmupSteps": 5}
+    training["batch"] = {"sequences": 4}
+    training["data"]["sequenceLength"] = 64
+    training["checkpoint"] |= {"uri": f"file://{tmp_path}/checkpoints", "intervalSteps": 10}
+    training["evaluation"] |= {"sequences": 4, "sampleTokens": 20}
+    training["logIntervalSteps"] = 1
+    losses = []
+
+    job = Job(control_plane, api, namespace, quickstart)
+
+    def ended(seen: PylonJob) -> bool:
+        if seen.status.training and seen.status.training.loss is not None:
+            losses.append(seen.status.training.loss)
+        return seen.status.completion_time is not None
+
+    job.wait(ended, "the end")
+    assert job.condition("Succeeded")[:2] == ("True", "Completed")
+    status = job.seen.status
+    assert status.training is not None
+    assert status.training.step == status.training.total_steps == 30
+    assert losses[-1] < losses[0], losses
+    assert losses[-1] < 4.5, "below the 5.5 nats of a uniform guess over 257 symbols"
+    assert status.checkpoint is not None
+    assert status.checkpoint.step == 30
+    row = control_plane.kubectl("--namespace", namespace, "get", "pj", job.name).splitlines()[1].split()
+    assert row[:5] == [job.name, "True", "Completed", "1/1", "30"] or row[:5] == [
+        job.name,
+        "True",
+        "Completed",
+        "0/1",
+        "30",
+    ]
+    events = control_plane.kubectl("--namespace", namespace, "get", "events", "--output", "jsonpath={.items[*].reason}")
+    assert {"Created", "Training", "Completed"} <= set(events.split())
+
+
+def test_a_killed_pod_restarts_the_gang_from_the_committed_step(
+    control_plane: Cluster,
+    api: BlockingApi,
+    operator: OperatorProcess,
+    nodes: Nodes,
+    namespace: str,
+    text: str,
+    tmp_path: Path,
+) -> None:
+    nodes.add("node-0", "node-1", gpus=8)
+    job = Job(control_plane, api, namespace, manifest(text, tmp_path, steps=ENDLESS, nodes=2))
+    committed = job.wait_for_commit()
+    victim = next(pod for pod in live_pods(nodes, namespace) if pod.startswith("tree-a1-1"))
+
+    nodes.kill_pod(namespace, victim)
+
+    job.wait(lambda seen: seen.status.attempt == 2 and seen.status.training.step > committed, "attempt 2 trains")
+    seen = job.seen.status
+    assert seen.restarts == 1
+    assert seen.failures[0].exit_code == 137
+    assert seen.failures[0].pod == victim
+    rank_zero = next(pod for pod in live_pods(nodes, namespace) if pod.startswith("tree-a2-0"))
+    assert "restored" in nodes.logs(namespace, rank_zero)
+    assert all(pod.startswith("tree-a2-") for pod in live_pods(nodes, namespace)), "one gang lives"
+    job.wait_for_commit(after=committed)
+
+
+def test_suspend_saves_first_and_resume_goes_on(
+    control_plane: Cluster,
+    api: BlockingApi,
+    operator: OperatorProcess,
+    nodes: Nodes,
+    namespace: str,
+    text: str,
+    tmp_path: Path,
+) -> None:
+    nodes.add("node-0", gpus=8)
+    job_manifest = manifest(text, tmp_path, steps=ENDLESS)
+    job_manifest["spec"]["training"]["checkpoint"]["intervalSteps"] = 0  # only what is asked for is saved
+    job = Job(control_plane, api, namespace, job_manifest)
+    job.wait_for_step(20)
+
+    job.patch(suspend=True)
+    job.wait(lambda _: job.condition("Suspended")[0] == "True", "suspended")
+    saved = job.seen.status.checkpoint
+    assert saved is not None
+    assert saved.step >= 20
+    assert live_pods(nodes, namespace) == []
+
+    job.patch(suspend=False)
+    job.wait(lambda seen: seen.status.attempt == 2 and seen.status.training.step > saved.step, "it goes on")
+    assert job.seen.status.restarts == 0, "a resume is no restart"
+    assert job.condition("Suspended")[0] == "False"
+
+
+def test_training_goes_on_while_the_operator_is_dead(
+    control_plane: Cluster,
+    api: BlockingApi,
+    operator: OperatorProcess,
+    nodes: Nodes,
+    namespace: str,
+    text: str,
+    tmp_path: Path,
+) -> None:
+    nodes.add("node-0", gpus=8)
+    job = Job(control_plane, api, namespace, manifest(text, tmp_path, steps=ENDLESS))
+    job.wait_for_step(5)
+    before = live_pods(nodes, namespace)
+
+    operator.kill()
+    step = job.seen.status.training.step  # type: ignore[union-attr]  # it has trained: wait_for_step saw it
+    operator.start()
+
+    job.wait_for_step(step + 20)
+    assert live_pods(nodes, namespace) == before, "neither restarted nor doubled"
+    assert job.seen.status.attempt == 1
+
+
+def test_what_only_a_person_can_mend_fails_at_once_with_the_trainers_words(
+    control_plane: Cluster, api: BlockingApi, operator: OperatorProcess, nodes: Nodes, namespace: str, tmp_path: Path
+) -> None:
+    nodes.add("node-0", gpus=8)
+    job = Job(control_plane, api, namespace, manifest(f"{tmp_path}/nothing/*.txt", tmp_path, steps=10))
+    job.wait(lambda seen: seen.status.completion_time, "the end")
+    status, reason, message = job.condition("Succeeded")
+    assert (status, reason) == ("False", "UserError")
+    assert f"{tmp_path}/nothing/*.txt" in message
+    assert job.seen.status.restarts == 0
+
+
+def test_two_jobs_of_one_name_do_not_meet(
+    control_plane: Cluster,
+    api: BlockingApi,
+    operator: OperatorProcess,
+    nodes: Nodes,
+    namespace: str,
+    text: str,
+    tmp_path: Path,
+) -> None:
+    nodes.add("node-0", gpus=8)
+    other = f"{namespace}-other"
+    api.create("/api/v1/namespaces", {"metadata": {"name": other}})
+    wait_for(lambda: api.list(f"/api/v1/namespaces/{other}/serviceaccounts"), message="its ServiceAccount")
+    jobs = [Job(control_plane, api, place, manifest(text, tmp_path, steps=20)) for place in (namespace, other)]
+    for job in jobs:
+        job.wait(lambda seen: seen.status.completion_time, "the end")
+        assert job.condition("Succeeded")[0] == "True"
+    uris = {job.seen.status.checkpoint.uri for job in jobs}  # type: ignore[union-attr]  # both have saved
+    assert len(uris) == 2
+    api.delete(f"/api/v1/namespaces/{other}")
+
+
+def test_deletion_leaves_nothing_behind(
+    control_plane: Cluster,
+    api: BlockingApi,
+    operator: OperatorProcess,
+    nodes: Nodes,
+    namespace: str,
+    text: str,
+    tmp_path: Path,
+) -> None:
+    nodes.add("node-0", gpus=8)
+    job = Job(control_plane, api, namespace, manifest(text, tmp_path, steps=ENDLESS))
+    job.wait_for_step(5)
+
+    job.delete()
+
+    def left() -> list[str]:
+        kinds = ("v1/services", "v1/configmaps", "v1/secrets", "v1/pods")
+        paths = [f"/api/{kind.split('/')[0]}/namespaces/{namespace}/{kind.split('/')[1]}" for kind in kinds]
+        paths.append(f"/apis/batch/v1/namespaces/{namespace}/jobs")
+        found = [obj["metadata"]["name"] for path in paths for obj in api.list(path)]
+        return [name for name in found if name.startswith(job.name)]
+
+    wait_for(lambda: not left(), 60, "the garbage collector has taken every object of the job")
+    wait_for(lambda: not live_pods(nodes, namespace), 60, "its processes are gone")
+
+
+def test_kubectl_refuses_a_bad_manifest_and_names_the_field(
+    control_plane: Cluster, api: BlockingApi, namespace: str, text: str, tmp_path: Path
+) -> None:
+    bad = manifest(text, tmp_path, steps=10)
+    bad["spec"]["training"]["schedule"]["tokens"] = 100
+    with pytest.raises(KubectlError, match="set exactly one of steps and tokens"):
+        Job(control_plane, api, namespace, bad)

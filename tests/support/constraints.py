@@ -1,0 +1,262 @@
+"""Manifests that each constraint of a PylonJob accepts and rejects, for the models and for the API server alike.
+
+Bounds, enums and types come from the schema itself, so that no field is forgotten; rules that span fields, patterns and
+immutability are written out by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pylon_api import names
+from pylon_api.crd import root_schema
+
+Json = dict[str, Any]
+Path = str
+"""A field as Kubernetes writes it: `spec.failurePolicy.rules[0].exitCodes[0]`."""
+
+
+def minimal_job() -> Json:
+    """The least that a person must write."""
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": "example", "namespace": "default"},
+        "spec": {"training": {"data": {"train": ["python://stdlib/**/*.py"]}, "schedule": {"steps": 100}}},
+    }
+
+
+def full_job() -> Json:
+    """A job that sets every optional object and one item of every list, so that each field has a place."""
+    job = minimal_job()
+    job["spec"] |= {
+        "failurePolicy": {"rules": [{"action": "Restart", "exitCodes": [3], "podReasons": ["Evicted"]}]},
+        "scheduling": {},
+        "topology": {"levels": ["topology.kubernetes.io/zone"]},
+    }
+    job["spec"]["training"] |= {
+        "model": {},
+        "optimizer": {},
+        "batch": {},
+        "gating": {},
+        "checkpoint": {"uri": "./runs", "restoreFrom": {"uri": "./other"}},
+        "evaluation": {},
+        "export": {},
+    }
+    job["spec"]["training"]["data"] |= {"heldOut": ["held-out/*.txt"], "tokenizer": {}}
+    return job
+
+
+@dataclass(frozen=True)
+class Case:
+    """`changes` laid over a full job; `problem` is None when it must be accepted, else what the error must say."""
+
+    name: str
+    changes: dict[Path, Any]
+    problem: str | None = None
+
+    def manifest(self) -> Json:
+        job = full_job()
+        for path, value in self.changes.items():
+            put(job, path, value)
+        return job
+
+
+REMOVED = object()
+"""Stands for a field that is taken away."""
+
+
+def put(job: Json, path: Path, value: Any) -> None:
+    """Set or remove one field in place."""
+    *parents, last = [int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\[\d+\]|[^.\[]+", path)]
+    node: Any = job
+    for part in parents:
+        node = node[part] if isinstance(part, int) else node.setdefault(part, {})
+    if value is REMOVED:
+        del node[last]
+    else:
+        node[last] = copy.deepcopy(value)
+
+
+# What else must hold for a boundary value to be acceptable.
+COMPANIONS: dict[Path, dict[Path, Any]] = {
+    "spec.nodes": {"spec.training.batch.sequences": 4096},
+    "spec.gpusPerNode": {"spec.training.batch.sequences": 64},
+    "spec.processesPerNode": {"spec.training.batch.sequences": 256},
+    "spec.training.model.heads": {"spec.training.model.hiddenSize": 65536},
+    "spec.training.model.hiddenSize": {"spec.training.model.heads": 1},
+    "spec.training.model.kvHeads": {"spec.training.model.heads": 1024, "spec.training.model.hiddenSize": 65536},
+    "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
+    "spec.training.data.tokenizer.kind": {"spec.training.data.tokenizer.uri": "t.json"},
+    "spec.training.data.tokenizer.uri": {"spec.training.data.tokenizer.kind": "File"},
+}
+
+
+def schema_cases() -> Iterator[Case]:
+    """For each field of the spec: the last values inside its bounds, the first outside, a wrong type, a stranger."""
+    for path, node in _fields(root_schema()["properties"]["spec"], "spec"):
+        beside = COMPANIONS.get(path, {})
+        for value in _inside(node):
+            if path == "spec.training.data.tokenizer.kind" and value == "Bytes":
+                continue  # the one value that forbids its companion; a rule case has it
+            yield Case(f"{path}={_short(value)}", {**beside, path: value})
+        for value in _outside(node):
+            yield Case(f"{path}={_short(value)}", {**beside, path: value}, problem=path)
+        if "properties" in node:
+            yield Case(f"{path}.stranger", {f"{path}.stranger": 1}, problem="stranger")
+            for required in node.get("required", []):
+                yield Case(f"{path}.{required} absent", {f"{path}.{required}": REMOVED}, problem=f"{path}.{required}")
+
+
+def _fields(node: Json, path: Path) -> Iterator[tuple[Path, Json]]:
+    yield path, node
+    for name, child in node.get("properties", {}).items():
+        yield from _fields(child, f"{path}.{name}")
+    if "items" in node:
+        yield from _fields(node["items"], f"{path}[0]")
+
+
+def _inside(node: Json) -> Iterator[Any]:
+    if "enum" in node:
+        yield from node["enum"]
+    elif node["type"] == "boolean":
+        yield from (True, False)
+    elif node["type"] in ("integer", "number"):
+        step = 1 if node["type"] == "integer" else 1e-9
+        if "minimum" in node:
+            yield node["minimum"] + (step if node.get("exclusiveMinimum") else 0)
+        if "maximum" in node:
+            yield node["maximum"] - (step if node.get("exclusiveMaximum") else 0)
+    elif node["type"] == "string" and "pattern" not in node:
+        yield from ("x" * node[bound] for bound in ("minLength", "maxLength") if bound in node)
+    elif node["type"] == "array":
+        yield from ([_sample(node["items"])] * node[bound] for bound in ("minItems", "maxItems") if bound in node)
+
+
+def _outside(node: Json) -> Iterator[Any]:
+    yield {"integer": "1", "number": "1", "boolean": "true", "string": 1, "array": "x", "object": "x"}[node["type"]]
+    if "enum" in node:
+        yield "Stranger"
+    if node["type"] == "integer":
+        yield 1.5
+    if "minimum" in node:
+        yield node["minimum"] - (0 if node.get("exclusiveMinimum") else 1)
+    if "maximum" in node:
+        yield node["maximum"] + (0 if node.get("exclusiveMaximum") else 1)
+    if node.get("minLength"):
+        yield ""
+    if "maxLength" in node:
+        yield "x" * (node["maxLength"] + 1)
+    if node.get("minItems"):
+        yield []
+    if "maxItems" in node:
+        yield [_sample(node["items"])] * (node["maxItems"] + 1)
+
+
+def _sample(node: Json) -> Any:
+    if "enum" in node:
+        return node["enum"][0]
+    if node["type"] == "object":
+        return {"action": "Restart", "exitCodes": [3]}  # the only list of objects is failurePolicy.rules
+    return node["minimum"] if node["type"] == "integer" else "x"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:12]}...({len(value)})"
+
+
+TRAINING = "spec.training"
+TOKENIZER = f"{TRAINING}.data.tokenizer"
+NAME = "metadata.name"
+
+RULE_CASES = [
+    Case("the minimal job's parts are all optional", {}),
+    # Names
+    Case("a name at the limit", {NAME: "x" * names.MAX_JOB_NAME_LENGTH}),
+    Case("a name beyond the limit", {NAME: "x" * (names.MAX_JOB_NAME_LENGTH + 1)}, NAME),
+    Case("a name with digits and dashes", {NAME: "a-1-b2"}),
+    Case("a name that starts with a digit", {NAME: "1a"}, NAME),
+    Case("a name with a dot", {NAME: "a.b"}, NAME),
+    # Patterns
+    Case("a resource without a domain", {"spec.gpuResourceName": "gpu"}),
+    Case("a resource with a domain", {"spec.gpuResourceName": "amd.com/gpu"}),
+    Case("a resource with two slashes", {"spec.gpuResourceName": "a/b/c"}, "spec.gpuResourceName"),
+    Case("a resource with a space", {"spec.gpuResourceName": "a b"}, "spec.gpuResourceName"),
+    Case("another controller", {"spec.managedBy": "kueue.x-k8s.io/multikueue"}),
+    Case("a controller with a capital domain", {"spec.managedBy": "Kueue/x"}, "spec.managedBy"),
+    Case("a level that is a label key", {"spec.topology.levels": ["example.com/Rack_1.a"]}),
+    Case("a level that is none", {"spec.topology.levels": ["-rack"]}, "spec.topology.levels[0]"),
+    # Rules that span fields
+    Case("batch splits over nodes", {"spec.nodes": 4, f"{TRAINING}.batch.sequences": 8}),
+    Case("batch does not split", {"spec.nodes": 3, f"{TRAINING}.batch.sequences": 8}, "divisible by the number"),
+    Case("the default batch does not split over GPUs", {"spec.gpusPerNode": 5}, "divisible by the number"),
+    Case("processes count before GPUs", {"spec.gpusPerNode": 5, "spec.processesPerNode": 2}),
+    Case(
+        "batch does not split over processes",
+        {"spec.nodes": 2, "spec.processesPerNode": 3, f"{TRAINING}.batch.sequences": 8},
+        "divisible by the number",
+    ),
+    Case("hiddenSize does not split", {f"{TRAINING}.model": {"hiddenSize": 100, "heads": 3}}, "divisible by 2 x heads"),
+    Case("hiddenSize over heads is odd", {f"{TRAINING}.model": {"hiddenSize": 12, "heads": 4}}, "by 2 x heads"),
+    Case("grouped heads", {f"{TRAINING}.model": {"heads": 4, "kvHeads": 2}}),
+    Case("grouped heads do not split", {f"{TRAINING}.model": {"heads": 4, "kvHeads": 3}}, "divisible by kvHeads"),
+    Case("bytes", {TOKENIZER: {"kind": "Bytes"}}),
+    Case("bytes with a uri", {TOKENIZER: {"kind": "Bytes", "uri": "t.json"}}, "uri goes with kind File"),
+    Case("a uri alone", {TOKENIZER: {"uri": "t.json"}}, "uri goes with kind File"),
+    Case("a file without a uri", {TOKENIZER: {"kind": "File"}}, "uri goes with kind File"),
+    Case("steps", {f"{TRAINING}.schedule": {"steps": 1}}),
+    Case("tokens", {f"{TRAINING}.schedule": {"tokens": 1}}),
+    Case("steps and tokens", {f"{TRAINING}.schedule": {"steps": 1, "tokens": 1}}, "exactly one of steps and tokens"),
+    Case("neither steps nor tokens", {f"{TRAINING}.schedule": {}}, "exactly one of steps and tokens"),
+    Case("export below the checkpoints", {f"{TRAINING}.export": {"format": "HuggingFace"}}),
+    Case(
+        "export nowhere",
+        {f"{TRAINING}.export": {"format": "HuggingFace"}, f"{TRAINING}.checkpoint": REMOVED},
+        "export needs export.uri or checkpoint.uri",
+    ),
+    Case(
+        "export on its own",
+        {f"{TRAINING}.export": {"format": "HuggingFace", "uri": "./e"}, f"{TRAINING}.checkpoint": REMOVED},
+    ),
+    Case("a failure rule by exit code", {"spec.failurePolicy.rules": [{"action": "Fail", "exitCodes": [1]}]}),
+    Case("a failure rule by reason", {"spec.failurePolicy.rules": [{"action": "Fail", "podReasons": ["Evicted"]}]}),
+    Case("a failure rule without selector", {"spec.failurePolicy.rules": [{"action": "Fail"}]}, "needs exitCodes or"),
+    # An explicit null is a field that is not set
+    Case("null for an optional number", {"spec.processesPerNode": None}),
+    Case("null for an optional object", {f"{TRAINING}.checkpoint": None}),
+    Case("null for the uri of bytes", {TOKENIZER: {"kind": "Bytes", "uri": None}}),
+    Case("null for one of two durations", {f"{TRAINING}.schedule": {"steps": 1, "tokens": None}}),
+    # The template is free, because the cluster's own version of a pod decides
+    Case("any template", {"spec.template": {"spec": {"newFieldOfTomorrow": {"a": [1]}}}}),
+]
+
+IMMUTABLE: dict[Path, tuple[Any, Any]] = {
+    "spec.nodes": (2, 4),
+    "spec.gpusPerNode": (1, 2),
+    "spec.processesPerNode": (1, 2),
+    "spec.gpuResourceName": ("amd.com/gpu", "nvidia.com/gpu"),
+    "spec.managedBy": ("example.com/other", names.MANAGED_BY),
+    "spec.scheduling": ({"queueName": "a"}, {"queueName": "b"}),
+    "spec.topology": ({"levels": ["a"]}, {"levels": ["a", "b"]}),
+    "spec.training": (
+        {"data": {"train": ["a"]}, "schedule": {"steps": 1}},
+        {"data": {"train": ["a"]}, "schedule": {"steps": 2}},
+    ),
+}
+"""Field, first value, and another valid value that must be refused."""
+
+MUTABLE: dict[Path, tuple[Any, Any]] = {
+    "spec.suspend": (False, True),
+    "spec.image": ("a", "b"),
+    "spec.template": ({}, {"metadata": {"labels": {"a": "b"}}}),
+    "spec.activeDeadlineSeconds": (60, 120),
+    "spec.ttlSecondsAfterFinished": (60, 120),
+    "spec.checkpointTimeoutSeconds": (60, 120),
+    "spec.failurePolicy": ({"maxRestarts": 1}, {"maxRestarts": 2}),
+}
+"""The rest of the spec: field, first value, and a value that it may take later."""
