@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def _pieces(globs: tuple[str, ...], data_format: str) -> list[Piece]:
 @contextmanager
 def _progress(pieces: list[Piece], verb: str) -> Iterator[Iterable[Piece]]:
     """A bar on a terminal; nothing where the output is read by a program."""
-    with click.progressbar(pieces, label=verb, file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(pieces, label=verb, file=sys.stderr) as bar:
         yield bar
 
 
