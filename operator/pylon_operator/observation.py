@@ -141,7 +141,7 @@ Action = CreateAttempt | DeleteAttempt | ForceDeletePod | AnnotateTopology | Req
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do, in this order: the actions, then one write of the status if it differs.
+    """What to do, in this order: the actions, then one write of the status if it differs, then the events.
 
     The one exception is a new attempt: `status.attempt` rises in a decision that creates nothing of that attempt; the
     reconcile that sees the new number persisted creates it.

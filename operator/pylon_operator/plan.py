@@ -28,14 +28,12 @@ from pylon_operator.observation import (
 )
 from pylon_operator.outcome import Outcome, conclude
 from pylon_operator.policies import deadline, restart, stuck, suspension, ttl
-from pylon_operator.policies.failure import Failure, find_failure, judge
-from pylon_operator.policies.suspension import Move
+from pylon_operator.policies.failure import SETTLE, Failure, find_failure, judge
+from pylon_operator.policies.suspension import SILENCE, Move
 from pylon_operator.situation import Situation, look
 
-POLL_SECONDS = 5
-"""Between looks at a running attempt: rank 0 is asked how far it is."""
 RECHECK_SECONDS = 60
-"""Between looks while others should act; their watch event comes sooner, unless it was lost."""
+"""Between looks while nothing is due; a watch event or an answer of rank 0 comes sooner, unless it was lost."""
 MAX_FAILURES = 10
 """Failure records kept in the status."""
 
@@ -109,7 +107,7 @@ def _watch(s: Situation) -> Outcome:
     attempt, nodes = status.attempt, s.job.spec.nodes
     started = sum(pod.phase != "Pending" for pod in s.pods)
     wait = _soonest(
-        POLL_SECONDS if started else RECHECK_SECONDS,
+        SETTLE.total_seconds() if any(pod.failed for pod in s.pods) else RECHECK_SECONDS,
         deadline.remaining_seconds(s.job.spec, status, s.now),
         stuck.seconds_until_next(s.pods, s.now),
     )
@@ -158,7 +156,7 @@ def _suspend(s: Situation) -> Outcome:
         step = suspension.step_to_save(status, s.trainer)
         status = status.model_copy(update={"suspend_requested_time": s.now, "suspend_step": step})
         actions = (RequestCheckpoint(s.rank_zero_ip),)
-    wait = _soonest(POLL_SECONDS, suspension.remaining_seconds(spec, status, s.now))
+    wait = _soonest(SILENCE.total_seconds(), suspension.remaining_seconds(spec, status, s.now))
     message = messages.saving(status.suspend_step, spec.checkpoint_timeout_seconds)
     return Outcome(status, Reason.SAVING_BEFORE_SUSPEND, message, actions, wait)
 

@@ -115,6 +115,19 @@ def test_training() -> None:
     assert (training.step, training.loss, training.tokens_per_second) == (40, 2.5, 1e4)
 
 
+@pytest.mark.parametrize(
+    ("pod", "seconds"),
+    [
+        ({}, 60),
+        ({"phase": "Failed", "exit_code": 76, "finished_time": ago(1)}, 10),
+        ({"deletion_time": ago(20)}, 40),
+    ],
+)
+def test_looks_again_when_something_will_be_due(pod: dict[str, Any], seconds: float) -> None:
+    scene = Scene().recorded(attempt=1, attempt_job_uid="job-1").batch_job().pod(0).pod(1, **pod)
+    assert scene.decide().requeue_after_seconds == seconds
+
+
 def test_start_counts_from_when_all_pods_first_ran() -> None:
     scene = Scene().running().recorded(attempt_start_time=None)
     assert scene.decide().status.attempt_start_time == NOW

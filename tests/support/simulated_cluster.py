@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from operator_builders import NOW, UID, a_checkpoint, a_report
@@ -83,6 +83,8 @@ class SimulatedCluster:
     events: list[EmitEvent] = field(default_factory=list)
     created: list[int] = field(default_factory=list)
     """Attempts for which a Job was made, in order."""
+    recorded: set[int] = field(default_factory=set)
+    """Attempts whose Job has been on record."""
     committed: int = 0
     requested: bool = False
     deleted: bool = False
@@ -132,6 +134,8 @@ class SimulatedCluster:
             # Through JSON, as over the wire: what does not survive it is lost.
             stored = PylonJobStatus.model_validate_json(status.model_dump_json(by_alias=True))
             assert stored == status
+            if stored.attempt_job_uid:
+                self.recorded.add(stored.attempt)
             version = str(int(self.job.metadata.resource_version or "0") + 1)
             metadata = self.job.metadata.model_copy(update={"resource_version": version})
             self.job = self.job.model_copy(update={"status": stored, "metadata": metadata})
@@ -176,7 +180,8 @@ class SimulatedCluster:
         """What must hold at all times."""
         live = {pod.job_uid for gang in self.gangs for pod in gang.pods.values() if not pod.terminal}
         assert len(live) <= 1, f"two live gangs: {live}"
-        assert self.created == list(range(1, len(self.created) + 1)), f"attempts created: {self.created}"
+        numbers = sorted(set(self.created))
+        assert numbers == list(range(1, len(numbers) + 1)), f"attempts created: {self.created}"
         for gang in self.gangs:
             if gang.view.name:
                 missing = {"Service", "ConfigMap", "Secret"} - self.children[gang.view.attempt]
@@ -194,6 +199,8 @@ class SimulatedCluster:
         name = f"{self.job.metadata.name}-a{attempt}"
         if any(gang.view.name == name for gang in self.gangs):
             return
+        # A Job that was deleted before it was ever on record leaves its number free.
+        assert attempt not in self.recorded, f"attempt {attempt} is made twice"
         uid = f"job-{next(self._uids)}"
         self.created.append(attempt)
         pods = {
@@ -306,20 +313,25 @@ async def live(
 
     An operator that is killed starts again `downtime_ticks` later.
     """
-    due = list(happenings)
-    down = 0
+    pending = list(happenings)
+    name, down = cluster.job.metadata.name, 0
+    due, last_seen = cluster.now, None
     for _ in range(ticks):
-        for happening in [happening for happening in due if happening[0](cluster)]:
-            due.remove(happening)
+        for happening in [happening for happening in pending if happening[0](cluster)]:
+            pending.remove(happening)
             happening[1](cluster)
-        while not down:
+        # As watch events and polls do: only a change, or the time asked for, leads to another look.
+        seen = await cluster.observe("team", name)
+        while not down and (cluster.now >= due or seen != last_seen):
+            last_seen = seen
             try:
-                wait = await reconcile(cluster, "team", cluster.job.metadata.name, cluster.now)
+                wait = await reconcile(cluster, "team", name, cluster.now)
             except OperatorKilled:
-                down = downtime_ticks
+                down, due = downtime_ticks, cluster.now
                 continue
-            if wait is None and not due:
+            if wait is None and not pending:
                 return cluster
+            due = cluster.now + timedelta(seconds=wait) if wait is not None else datetime.max.replace(tzinfo=UTC)
             break
         down = max(0, down - 1)
         cluster.tick()
