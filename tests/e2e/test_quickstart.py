@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import yaml
@@ -55,6 +56,13 @@ class PylonRun:
             start_new_session=True,
         )
         self.status: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # and with it all that it started
+        self._process.wait()
 
     def follow(self, seen: Callable[[dict[str, Any]], Any]) -> None:
         """Reads the JSON output until a status for which `seen` is true."""
@@ -106,18 +114,24 @@ def committed(status: dict[str, Any]) -> int:
     return int(status.get("checkpoint", {}).get("step", 0))
 
 
+def trained(status: dict[str, Any]) -> int:
+    """Step that training has reached."""
+    return int(status.get("training", {}).get("step", 0))
+
+
 def test_the_loss_falls_and_everything_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(scaled_down(steps=40, interval=20)))
-    code, output = PylonRun(tmp_path, "--output", "plain").finish()
+    with PylonRun(tmp_path, "--output", "plain") as run:
+        code, output = run.finish()
     assert code == 0, output
-    losses = [float(line.split("loss ")[1].split()[0]) for line in output.splitlines() if "  loss " in line]
-    assert losses[0] > 5.0
-    assert losses[-1] < losses[0] - 0.5
+    log = (tmp_path / ".pylon/default/quickstart/logs/quickstart-a1-0.log").read_text()
+    losses = [float(found) for found in re.findall(r"\bloss=([\d.]+)", log)]
+    assert losses[-1] < losses[0] - 0.3
     assert "default/quickstart succeeded" in output
     assert "Sample" in output
     status = saved(tmp_path)["status"]
     assert status["training"]["step"] == status["training"]["totalSteps"] == 40
-    assert status["training"]["heldOutLoss"] < 5.5
+    assert status["training"]["heldOutLoss"] < 5.0  # an untrained model: ln 257 = 5.55
     checkpoint = tmp_path / status["checkpoint"]["uri"]
     assert (checkpoint / "COMMITTED").is_file()
     assert list((tmp_path / "runs").rglob("export/model.safetensors"))
@@ -125,41 +139,47 @@ def test_the_loss_falls_and_everything_is_left_behind(tmp_path: Path) -> None:
 
 def test_a_job_survives_what_happens_to_it(tmp_path: Path) -> None:
     """One job: its pod is killed, then the user stops it, then `pylon run` is killed; then it completes."""
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(scaled_down(steps=1500, interval=50)))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(scaled_down(steps=2000, interval=50)))
 
-    run = PylonRun(tmp_path, "--output", "json")
-    run.follow(lambda status: committed(status) >= 50)
-    launchers = [pid for pid, args in run.processes().items() if args.endswith("-m pylon_trainer.launcher")]
-    process_1 = next(pid for pid in launchers if "reaper.py" not in Path(f"/proc/{pid}/cmdline").read_text())
-    before = committed(run.status)
-    os.kill(process_1, signal.SIGKILL)
-    run.follow(lambda status: status["attempt"] == 2 and status.get("training", {}).get("step", 0) > before)
-    assert run.status["failures"][0]["exitCode"] == 137
-    assert run.status["restarts"] == 1
-
-    run.follow(lambda status: status["phase"] == "Running" and committed(status) >= before)
-    asked_at = run.status["training"]["step"]
-    run.send(signal.SIGINT)
-    assert run.finish()[0] == 75
+    with PylonRun(tmp_path, "--output", "json") as run:
+        run.follow(lambda status: committed(status) >= 50)
+        before = committed(run.status)
+        os.kill(process_1(run), signal.SIGKILL)
+        run.follow(lambda status: status["attempt"] == 2 and committed(status) > before)
+        assert run.status["failures"][0]["exitCode"] == 137
+        assert run.status["restarts"] == 1
+        asked_at = trained(run.status)
+        run.send(signal.SIGINT)
+        assert run.finish()[0] == 75
     status = saved(tmp_path)["status"]
     assert status["phase"] == "Suspended"
     assert committed(status) >= asked_at
 
     uid, kept = saved(tmp_path)["metadata"]["uid"], committed(status)
-    run = PylonRun(tmp_path, "--output", "json")
-    run.follow(lambda status: status["phase"] == "Running" and status["training"]["step"] > kept)
-    everything = run.processes()
-    assert any("pylon_trainer.worker" in args for args in everything.values())
-    run.send(signal.SIGKILL)
-    run.finish()
+    with PylonRun(tmp_path, "--output", "json") as run:
+        run.follow(lambda status: status["phase"] == "Running" and committed(status) > kept)
+        everything = run.processes()
+        assert any("pylon_trainer.worker" in args for args in everything.values())
+        run.send(signal.SIGKILL)
+        run.finish()
     deadline = time.monotonic() + 30
     while left := [args for pid, args in everything.items() if alive(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
-    code, output = PylonRun(tmp_path, "--output", "plain").finish()
+    with PylonRun(tmp_path, "--output", "plain") as run:
+        code, output = run.finish()
     assert code == 0, output
     job = saved(tmp_path)
     assert job["metadata"]["uid"] == uid
-    assert job["status"]["training"]["step"] == 1500
+    assert trained(job["status"]) == 2000
     assert (job["status"]["attempt"], job["status"]["restarts"]) == (4, 1)
+
+
+def process_1(run: PylonRun) -> int:
+    """pid of the only pod's process 1."""
+    return next(
+        pid
+        for pid, args in run.processes().items()
+        if args.endswith("-m pylon_trainer.launcher") and "reaper.py" not in args
+    )
