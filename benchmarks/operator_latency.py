@@ -199,6 +199,16 @@ class Measurement:
             "requests_per_minute": round(sent * 60 / QUIET_SECONDS),
         }
 
+    async def _settled(self) -> None:
+        """Wait until three seconds pass without a write: the last status and events are out."""
+        seen, since = {}, time.monotonic()
+        while time.monotonic() - since < 3:
+            requests = await self.operator.requests()
+            writes = {verb: requests.get(verb, 0) for verb in ("POST", "PATCH")}
+            if writes != seen:
+                seen, since = writes, time.monotonic()
+            await asyncio.sleep(0.2)
+
     async def jobs(self, case: str, number: int, at_once: int) -> Row:
         """Create `number` jobs, `at_once` at a time, and wait for all their Jobs and pods."""
         cpu, requests = self.operator.cpu_seconds(), await self.operator.requests()
@@ -220,7 +230,7 @@ class Measurement:
         self.made += number
         await _until("all pods", lambda: len(self.arrivals.pods) >= self.made * self.pods)
         pods_seconds = time.monotonic() - started
-        await asyncio.sleep(3)  # the last status writes and events
+        await self._settled()
         used, after = self.operator.cpu_seconds() - cpu, await self.operator.requests()
         per_job = {verb: (after.get(verb, 0) - requests.get(verb, 0)) / number for verb in ("GET", "POST", "PATCH")}
         latencies = sorted((self.arrivals.jobs[name] - sent[name]) * 1000 for name in wanted)

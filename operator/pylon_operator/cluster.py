@@ -7,6 +7,7 @@ nor a second operator can do harm, and each answer goes into the store, so that 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 Object = dict[str, Any]
 
+OWN_WRITE_SECONDS = 1.0
+"""How long the answer to our own status write stands for a read of the job: for the look that follows the write."""
 TERMINATING_SECONDS = 60
 """How long a namespace counts as terminating after it refused a create; one of the same name may follow."""
 
@@ -65,6 +68,15 @@ class Current:
     uid: str
     attempt: int
     phase: str
+
+
+@dataclass(slots=True)
+class Written:
+    """Our last write of a job's status: the version that it made, and for a moment the whole answer."""
+
+    version: str
+    answer: Object | None
+    time: float
 
 
 class KubernetesCluster:
@@ -89,6 +101,7 @@ class KubernetesCluster:
         self.current: dict[JobKey, Current] = {}
         """Every job that this operator acts on, for polling and metrics."""
         self._terminating: dict[str, float] = {}
+        self._written: dict[JobKey, Written] = {}
         self._nodes = NodeLabels(api)
 
     # Reads
@@ -97,10 +110,8 @@ class KubernetesCluster:
         """See `reconcile.Cluster`. Raises ManifestError for a PylonJob that the CRD let through and the models do
         not.
         """
-        try:
-            found = await self._api.request("GET", PYLON_JOBS.path(namespace, name))
-        except NotFound:
-            self.current.pop((namespace, name), None)
+        found = self._just_written((namespace, name)) or await self._read(namespace, name)
+        if found is None:
             return None
         if (found.get("spec") or {}).get("managedBy", names.MANAGED_BY) != names.MANAGED_BY:
             self.current.pop((namespace, name), None)
@@ -119,6 +130,30 @@ class KubernetesCluster:
             namespace_terminating=time.monotonic() < self._terminating.get(namespace, 0),
             missing_children=self._missing(job),
         )
+
+    def is_own_write(self, key: JobKey, version: str) -> bool:
+        """Whether this version of the job is the one that our last status write made.
+
+        It tells nothing new: that write rested on the version before it, so whatever others changed was seen by then.
+        """
+        written = self._written.get(key)
+        return written is not None and written.version == version
+
+    async def _read(self, namespace: str, name: str) -> Object | None:
+        try:
+            return await self._api.request("GET", PYLON_JOBS.path(namespace, name))
+        except NotFound:
+            self.current.pop((namespace, name), None)
+            self._written.pop((namespace, name), None)
+            return None
+
+    def _just_written(self, key: JobKey) -> Object | None:
+        """The answer to our own write, once: if someone wrote since, the next write is refused by its version."""
+        written = self._written.get(key)
+        if written is None:
+            return None
+        answer, written.answer = written.answer, None
+        return answer if time.monotonic() - written.time < OWN_WRITE_SECONDS else None
 
     def targets(self) -> Iterator[Target]:
         """Rank 0 of every job whose current attempt has one that runs."""
@@ -140,7 +175,9 @@ class KubernetesCluster:
         """See `reconcile.Cluster`. Raises Conflict when the job is no longer the one that was observed."""
         # Only what the server holds, so that defaults are written too: columns show them.
         stored = job.status.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
-        await patch_status(self._api, job.metadata, merge_patch(stored, status.to_wire()))
+        answer = await patch_status(self._api, job.metadata, merge_patch(stored, status.to_wire()))
+        key = (job.metadata.namespace, job.metadata.name)
+        self._written[key] = Written(answer["metadata"]["resourceVersion"], answer, time.monotonic())
 
     async def apply(self, job: PylonJob, action: Action) -> None:
         """See `reconcile.Cluster`."""
@@ -159,8 +196,9 @@ class KubernetesCluster:
         match action:
             case CreateAttempt(attempt):
                 token = token_for(self._token_key, job.metadata.uid)
-                for obj in build_attempt(job, attempt, default_image=self._default_image, token=token):
-                    await ensure(self._api, self._children, job, obj)
+                *before, batch_job = build_attempt(job, attempt, default_image=self._default_image, token=token)
+                await asyncio.gather(*(ensure(self._api, self._children, job, obj) for obj in before))
+                await ensure(self._api, self._children, job, batch_job)
             case DeleteAttempt(name, uid):
                 await self._delete_attempt(job, name, uid)
             case ForceDeletePod(name, uid):

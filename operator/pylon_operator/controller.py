@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pylon_api.manifest import ManifestError
 from pylon_operator import metrics
 from pylon_operator.api import Api, Patience
-from pylon_operator.api_errors import ApiError, Conflict, Forbidden
+from pylon_operator.api_errors import ApiError, Conflict, Forbidden, NamespaceTerminating
 from pylon_operator.cluster import KubernetesCluster
 from pylon_operator.due import DueSet
 from pylon_operator.lease import LeaseLost
@@ -91,6 +91,9 @@ class Controller:
             return "conflict", CONFLICT_PATIENCE.wait_seconds(self._failed(key))
         except ManifestError as error:
             return await self._report(key, error.problems)
+        except NamespaceTerminating:
+            logger.info("the namespace is being deleted", extra=about)
+            return "terminating", CONFLICT_PATIENCE.wait_seconds(self._failed(key))
         except Forbidden as error:
             logger.error("a permission is missing: %s", error, extra=about)
             return "forbidden", FORBIDDEN_SECONDS

@@ -1,4 +1,4 @@
-"""Posts Kubernetes Events in the background: best effort, in order, never in the way of a reconcile."""
+"""Posts Kubernetes Events in the background: best effort, never in the way of a reconcile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kopf side: watches PylonJobs and marks each one that moved as due. Nothing else.
+"""The kopf side: watches PylonJobs and says which one moved. Nothing else.
 
 No change handlers, timers, daemons or finalizers: those are edge-triggered, patch annotations onto the objects, and
 block deletion while the operator is down. Peering is off, since a Lease elects; posting is off, since `events` posts.
@@ -19,6 +19,9 @@ from pylon_operator.api import Patience
 from pylon_operator.credentials import Credentials
 from pylon_operator.store import JobKey
 
+Moved = Callable[[JobKey, str], None]
+"""Takes the job that was added, changed or deleted, and its resource version."""
+
 
 class EndlessBackoff(Iterable[float]):
     """kopf's waits between tries: growing, and never at an end, because its watch task would take the process along."""
@@ -28,7 +31,7 @@ class EndlessBackoff(Iterable[float]):
         return map(patience.wait_seconds, itertools.count(1))
 
 
-def build_registry(mark: Callable[[JobKey], None], credentials: Credentials) -> kopf.OperatorRegistry:
+def build_registry(moved: Moved, credentials: Credentials) -> kopf.OperatorRegistry:
     """Everything that kopf is asked to call."""
     registry = kopf.OperatorRegistry()
 
@@ -47,9 +50,9 @@ def build_registry(mark: Callable[[JobKey], None], credentials: Credentials) -> 
         )
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
-    async def job_moved(namespace: str | None, name: str, **_: Any) -> None:
+    async def job_moved(namespace: str | None, name: str, meta: kopf.Meta, **_: Any) -> None:
         assert namespace is not None, "PylonJobs are namespaced"
-        mark((namespace, name))
+        moved((namespace, name), meta.get("resourceVersion", ""))
 
     return registry
 
@@ -75,21 +78,22 @@ def build_settings() -> kopf.OperatorSettings:
     return settings
 
 
-async def watch_jobs(mark: Callable[[JobKey], None], credentials: Credentials, namespaces: tuple[str, ...]) -> None:
-    """Watch PylonJobs in `namespaces` (none: all) until cancelled. Ends by itself only when kopf gives up.
+async def watch_jobs(moved: Moved, credentials: Credentials, namespaces: tuple[str, ...]) -> None:
+    """Watch PylonJobs in `namespaces` (none: all) and tell `moved`, until cancelled. Ends by itself only when kopf
+    gives up.
 
-    kopf gets a thread and an event loop of its own: when it ends, it takes every task of its loop that it did not start
-    for its own and waits seconds for them, and in the main thread it would take over the signals.
+    kopf gets a thread and an event loop of its own: when it ends, it takes every task of its loop that it did not
+    start for its own and waits seconds for them, and in the main thread it would take over the signals.
     """
     loop, stop = asyncio.get_running_loop(), threading.Event()
 
-    def mark_from_thread(key: JobKey) -> None:
-        loop.call_soon_threadsafe(mark, key)
+    def moved_in_thread(job: JobKey, version: str) -> None:
+        loop.call_soon_threadsafe(moved, job, version)
 
     try:
         await asyncio.to_thread(
             kopf.run,
-            registry=build_registry(mark_from_thread, credentials),
+            registry=build_registry(moved_in_thread, credentials),
             settings=build_settings(),
             standalone=True,
             clusterwide=not namespaces,

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 STALE_WATCH_SECONDS = 600
 """A watch that heard nothing for so long will not mend itself: bookmarks come every minute."""
+EVENT_POSTERS = 4
+"""Events that are on their way at a time."""
 CHILD_DELAY_SECONDS = 0.1
 """Pods of a gang move together; waiting a moment after one moved makes one reconcile of many."""
 
@@ -145,11 +147,16 @@ class _Operator:
                     await lease.acquire()
                     api.fence = lease.check
                     group.create_task(lease.keep())
-                await self._start(api, poller, group)
-                await watch_jobs(self._due.mark, credentials, options.namespaces)
+                cluster = await self._start(api, poller, group)
+
+                def moved(job: JobKey, version: str) -> None:
+                    if not cluster.is_own_write(job, version):
+                        self._due.mark(job)
+
+                await watch_jobs(moved, credentials, options.namespaces)
                 raise WatchEnded("the watch of PylonJobs ended by itself")
 
-    async def _start(self, api: Api, poller: Poller, group: asyncio.TaskGroup) -> None:
+    async def _start(self, api: Api, poller: Poller, group: asyncio.TaskGroup) -> KubernetesCluster:
         """Start all that works on jobs; the workers only when the first lists are in."""
         options = self._options
         file = options.token_key_file
@@ -168,9 +175,11 @@ class _Operator:
             await watch.synced.wait()
         self._controller = Controller(api, cluster, self._due)
         group.create_task(self._controller.run())
-        group.create_task(events.run())
+        for _ in range(EVENT_POSTERS):
+            group.create_task(events.run())
         group.create_task(poller.run(cluster.targets))
         logger.info("working", extra={"namespaces": ",".join(options.namespaces) or "all"})
+        return cluster
 
     def _alive(self) -> Iterator[str]:
         for watch in self._watches:

@@ -15,9 +15,12 @@ from pylon_operator.kinds import PYLON_JOBS
 Object = dict[str, Any]
 
 
-async def patch_status(api: Api, metadata: ObjectMeta, patch: Object) -> None:
-    """Merge `patch` into the status of the PylonJob that still has this resource version, else raise Conflict."""
-    await api.request(
+async def patch_status(api: Api, metadata: ObjectMeta, patch: Object) -> Object:
+    """Merge `patch` into the status of the PylonJob that still has this resource version, else raise Conflict.
+
+    The job as it then is.
+    """
+    return await api.request(
         "PATCH",
         PYLON_JOBS.path(metadata.namespace, metadata.name, "status"),
         query={"fieldManager": names.FIELD_MANAGER},

@@ -93,7 +93,9 @@ def _manifest(job: PylonJob) -> dict[str, Any]:
 async def test_an_attempt_is_created_in_order_and_seen_at_once(world: World) -> None:
     await world.started()
     posts = world.server.sent("POST")
-    assert [(r.path.rsplit("/", 1)[1], r.body["metadata"]["name"]) for r in posts] == CREATED
+    made = [(r.path.rsplit("/", 1)[1], r.body["metadata"]["name"]) for r in posts]
+    assert sorted(made) == sorted(CREATED)
+    assert made[-1] == ("jobs", "demo-a1"), "whoever sees a Job may rely on the rest being there"
     assert {r.query["fieldManager"] for r in posts} == {"pylon-operator"}
     observed = await world.observe()
     assert [attempt.name for attempt in observed.attempts] == ["demo-a1"]
@@ -223,6 +225,7 @@ async def test_without_levels_no_node_is_read(world: World) -> None:
 async def test_the_status_is_merged_into_the_job_that_was_observed(world: World) -> None:
     job = await world.job()
     await world.cluster.write_status(job, job.status.model_copy(update={"attempt": 1, "suspend_step": 5}))
+    await world.observe()
     held = world.held("pylonjobs", "demo")
     held["status"]["someone"] = "else"
     world.server.put("pylonjobs", held)
@@ -241,6 +244,26 @@ async def test_a_stale_operator_cannot_write(world: World) -> None:
     with pytest.raises(Conflict):
         await world.cluster.write_status(stale, stale.status.model_copy(update={"attempt": 7}))
     assert "status" not in world.held("pylonjobs", "demo")
+
+
+async def test_the_look_after_a_write_costs_no_read_and_sees_the_write(world: World) -> None:
+    job = await world.job()
+    await world.cluster.write_status(job, job.status.model_copy(update={"attempt": 1}))
+    reads = len(world.server.sent("GET", "/demo"))
+    written = await world.job()
+    assert written.status.attempt == 1
+    assert len(world.server.sent("GET", "/demo")) == reads
+    world.server.put("pylonjobs", world.held("pylonjobs", "demo"))
+    assert (await world.job()).metadata.resource_version != written.metadata.resource_version
+
+
+async def test_our_own_write_is_no_news_and_anyone_elses_is(world: World) -> None:
+    job, key = await world.job(), ("team", "demo")
+    assert not world.cluster.is_own_write(key, job.metadata.resource_version)
+    await world.cluster.write_status(job, job.status.model_copy(update={"attempt": 1}))
+    assert world.cluster.is_own_write(key, world.held("pylonjobs", "demo")["metadata"]["resourceVersion"])
+    theirs = world.server.put("pylonjobs", world.held("pylonjobs", "demo"))
+    assert not world.cluster.is_own_write(key, theirs["metadata"]["resourceVersion"])
 
 
 async def test_the_ttl_deletes_exactly_this_job(world: World) -> None:

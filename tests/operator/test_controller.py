@@ -15,7 +15,7 @@ from fake_api_server import FakeApiServer
 from pylon_api.manifest import ManifestError
 from pylon_operator import controller as module
 from pylon_operator.api import Api, Patience
-from pylon_operator.api_errors import Conflict, Forbidden, Unreachable
+from pylon_operator.api_errors import Conflict, Forbidden, NamespaceTerminating, Unreachable
 from pylon_operator.cluster import Current, KubernetesCluster
 from pylon_operator.controller import Controller
 from pylon_operator.due import DueSet
@@ -68,7 +68,13 @@ async def working(api: Api, *due: JobKey) -> AsyncIterator[DueSet[JobKey]]:
 
 @pytest.mark.parametrize(
     "error",
-    [Conflict("PATCH", "/x", "changed"), Unreachable("GET", "/x", "away"), Forbidden("GET", "/x", "no"), KeyError()],
+    [
+        Conflict("PATCH", "/x", "changed"),
+        Unreachable("GET", "/x", "away"),
+        Forbidden("GET", "/x", "no"),
+        NamespaceTerminating("POST", "/x", "no"),
+        KeyError(),
+    ],
 )
 async def test_a_failure_is_tried_again(
     api: Api, reconciles: Reconciles, eventually: Eventually, error: Exception
