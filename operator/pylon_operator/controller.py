@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 
 from pylon_api.manifest import ManifestError
 from pylon_operator import metrics
-from pylon_operator.api import Patience
+from pylon_operator.api import Api, Patience
 from pylon_operator.api_errors import ApiError, Conflict, Forbidden
 from pylon_operator.cluster import KubernetesCluster
 from pylon_operator.due import DueSet
 from pylon_operator.lease import LeaseLost
 from pylon_operator.reconcile import reconcile
+from pylon_operator.status import report_invalid
 from pylon_operator.store import JobKey
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ FORBIDDEN_SECONDS = 60
 class Controller:
     """Reconciles the jobs of `due`, `workers` at a time."""
 
-    def __init__(self, cluster: KubernetesCluster, due: DueSet[JobKey], *, workers: int = 8) -> None:
+    def __init__(self, api: Api, cluster: KubernetesCluster, due: DueSet[JobKey], *, workers: int = 8) -> None:
+        self._api = api
         self._cluster = cluster
         self._due = due
         self._workers = workers
@@ -109,7 +111,7 @@ class Controller:
     async def _report(self, key: JobKey, problems: list[str]) -> tuple[str, float | None]:
         """Say on an invalid job what is wrong with it, and leave it alone until it changes."""
         try:
-            await self._cluster.report_invalid(*key, problems)
+            await report_invalid(self._api, *key, problems)
         except ApiError as error:
             logger.warning("an invalid job could not be told so: %s", error, extra={"job": "/".join(key)})
             return "error", PATIENCE.wait_seconds(self._failed(key))

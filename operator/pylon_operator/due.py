@@ -43,7 +43,7 @@ class DueSet(Generic[K]):
 
     def oldest_running_seconds(self) -> float:
         """How long the longest of the present reconciles has been at it; 0 when none is."""
-        return time.monotonic() - min(self._running.values(), default=time.monotonic())
+        return max(0.0, time.monotonic() - min(self._running.values(), default=float("inf")))
 
     def overdue_seconds(self) -> float:
         """How long the most overdue key has waited for a worker; 0 when none has."""

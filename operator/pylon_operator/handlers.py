@@ -6,7 +6,9 @@ block deletion while the operator is down. Peering is off, since a Lease elects;
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -74,11 +76,25 @@ def build_settings() -> kopf.OperatorSettings:
 
 
 async def watch_jobs(mark: Callable[[JobKey], None], credentials: Credentials, namespaces: tuple[str, ...]) -> None:
-    """Watch PylonJobs in `namespaces` (none: all) until SIGTERM or SIGINT, which kopf takes over."""
-    await kopf.operator(
-        registry=build_registry(mark, credentials),
-        settings=build_settings(),
-        standalone=True,
-        clusterwide=not namespaces,
-        namespaces=namespaces,
-    )
+    """Watch PylonJobs in `namespaces` (none: all) until cancelled. Ends by itself only when kopf gives up.
+
+    kopf gets a thread and an event loop of its own: when it ends, it takes every task of its loop that it did not start
+    for its own and waits seconds for them, and in the main thread it would take over the signals.
+    """
+    loop, stop = asyncio.get_running_loop(), threading.Event()
+
+    def mark_from_thread(key: JobKey) -> None:
+        loop.call_soon_threadsafe(mark, key)
+
+    try:
+        await asyncio.to_thread(
+            kopf.run,
+            registry=build_registry(mark_from_thread, credentials),
+            settings=build_settings(),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            stop_flag=stop,
+        )
+    finally:
+        stop.set()

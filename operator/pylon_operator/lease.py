@@ -22,6 +22,10 @@ from pylon_operator.permissions import LEASE
 logger = logging.getLogger(__name__)
 
 
+RELEASE_SECONDS = 5
+"""Patience for giving the lease back."""
+
+
 class LeaseLost(Exception):
     """Another process may be the leader by now: stop at once."""
 
@@ -76,20 +80,29 @@ class Lease:
                 if not await asyncio.wait_for(self._try(), max(left, 0)):
                     raise LeaseLost("another operator holds the lease")
             except (ApiError, TimeoutError) as error:
-                logger.warning("the lease could not be renewed: %s", error or "no answer in time")
+                logger.warning("the lease could not be renewed: %s", _reason(error))
                 self.check()
 
     async def release(self) -> None:
-        """Let another process take over at once. A failure only costs the others the lease's duration."""
-        metrics.LEADER.set(0)
-        self._renewed = float("-inf")
+        """Let another process take over at once, if this one still leads; a failure costs the others the lease's
+        duration.
+
+        Bounded in time, because it is the last thing that a process does.
+        """
         try:
-            record = await self._api.request("GET", self._path, fenced=False)
-            if record["spec"].get("holderIdentity") == self._identity:
-                record["spec"] = self._spec() | {"holderIdentity": "", "leaseDurationSeconds": 1}
-                await self._api.request("PUT", self._path, body=record, fenced=False)
-        except ApiError as error:
-            logger.warning("the lease could not be released: %s", error)
+            self.check()
+        except LeaseLost:
+            return
+        self._renewed = float("-inf")
+        metrics.LEADER.set(0)
+        try:
+            async with asyncio.timeout(RELEASE_SECONDS):
+                record = await self._api.request("GET", self._path, fenced=False)
+                if record["spec"].get("holderIdentity") == self._identity:
+                    record["spec"] = self._spec() | {"holderIdentity": "", "leaseDurationSeconds": 1}
+                    await self._api.request("PUT", self._path, body=record, fenced=False)
+        except (ApiError, TimeoutError) as error:
+            logger.warning("the lease could not be released: %s", _reason(error))
 
     async def _try(self) -> bool:
         """One try to take or renew the lease; whether this process holds it now.
@@ -135,3 +148,7 @@ class Lease:
             "leaseDurationSeconds": self._duration_seconds,
             "renewTime": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
         }
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or "no answer in time"

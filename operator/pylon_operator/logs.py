@@ -47,6 +47,7 @@ def configure_logs(form: LogFormat, level: int = logging.INFO) -> None:
     handler.setFormatter(StructuredFormatter(form))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("pylon_operator").setLevel(level)
+    logging.getLogger("kopf").setLevel(logging.ERROR)  # it warns that it does not get the signals, which is meant
 
 
 def _quoted(text: str) -> str:

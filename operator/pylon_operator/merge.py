@@ -1,7 +1,7 @@
 """Strategic merge of a partial pod template over a generated one, as the API server merges a strategic patch.
 
-Maps merge key by key and null removes a key. Lists that Kubernetes keys merge item by item, new items last; all other
-lists (command, args, tolerations, envFrom, ...) are replaced as a whole, which is what the API server does too.
+Maps merge key by key and null removes a key. Lists that Kubernetes keys merge item by item; all other lists (command,
+args, tolerations, envFrom, ...) are replaced as a whole, which is what the API server does too.
 `$patch: delete` removes a keyed item, `$patch: replace` replaces a map or keyed item. Anything else that starts with
 `$` is refused: those directives are written by tools, not by people.
 
@@ -10,6 +10,7 @@ Keys: `patchMergeKey` of k8s.io/api/core/v1 types.go, with protocol beside conta
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from pylon_operator.errors import TemplateError
@@ -31,9 +32,10 @@ MERGE_KEYS: dict[str, tuple[str, ...]] = {
 }
 KEY_DEFAULTS = {"protocol": "TCP"}
 RETAIN_KEYS = frozenset({"volumes", "resourceClaims"})
-"""patchStrategy retainKeys: an item is a union, so the patch's members replace the old ones instead of joining them."""
+"""patchStrategy retainKeys: an item is a union, so members that the patch does not name go."""
 
 Object = dict[str, Any]
+Key = tuple[Any, ...]
 
 
 def merge_template(base: Object, patch: Object) -> Object:
@@ -64,18 +66,37 @@ def _merge_map(base: Object, patch: Object, path: str) -> Object:
 
 def _merge_list(name: str, base: list[Object], patch: Any, path: str) -> list[Object]:
     merged = {_key(name, item, f"{path}[{i}]"): item for i, item in enumerate(base)}
+    rank = {key: i for i, key in enumerate(merged)}
+    patched = []
     for i, item in enumerate(_expect(patch, list, path)):
         where = f"{path}[{i}]"
         key = _key(name, _expect(item, dict, where), where)
         if item.get("$patch") == "delete":
             merged.pop(key, None)
         else:
-            old = {} if name in RETAIN_KEYS else merged.get(key, {})
+            old = merged.get(key, {})
+            if name in RETAIN_KEYS:
+                old = {member: value for member, value in old.items() if member in item}
             merged[key] = _merge_map(old, item, where)
-    return list(merged.values())
+            patched.append(key)
+    return [merged[key] for key in _order(list(merged), patched, rank)]
 
 
-def _key(name: str, item: Object, path: str) -> tuple[Any, ...]:
+def _order(keys: list[Key], patched: list[Key], rank: dict[Key, int]) -> list[Key]:
+    """The server's order: patched items as the patch has them, each after the untouched ones that stood before it.
+
+    So new items come as early as the patch allows (mergeSortedSlice in apimachinery's strategicpatch/patch.go).
+    """
+    untouched = deque(key for key in keys if key not in patched)
+    ordered = []
+    for key in patched:
+        while untouched and key in rank and rank[untouched[0]] < rank[key]:
+            ordered.append(untouched.popleft())
+        ordered.append(key)
+    return [*ordered, *untouched]
+
+
+def _key(name: str, item: Object, path: str) -> Key:
     values = tuple(item.get(part, KEY_DEFAULTS.get(part)) for part in MERGE_KEYS[name])
     if None in values:
         missing = MERGE_KEYS[name][values.index(None)]

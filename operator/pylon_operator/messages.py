@@ -64,12 +64,12 @@ def backing_off(failure: FailureRecord | None, attempt: int, until: datetime) ->
 
 
 def restarting(failure: FailureRecord | None, attempt: int, jobs: int, pods: int) -> str:
-    waiting = f" once {jobs} Jobs and {pods} pods of earlier attempts are gone" if jobs or pods else ""
+    waiting = f" once {jobs} Job(s) and {pods} pod(s) of earlier attempts are gone" if jobs or pods else ""
     return f"{_after(failure, attempt)}attempt {attempt} starts{waiting}"
 
 
 def stopping(pods: int) -> str:
-    return f"Deleting the Job and {pods} pods before the job is suspended"
+    return f"Deleting the Job and {pods} pod(s) before the job is suspended"
 
 
 def saving(step: int | None, timeout_seconds: int) -> str:

@@ -12,19 +12,14 @@ import base64
 import hashlib
 import hmac
 import json
-import re
 from typing import Any
 
 from pylon_api import names
 from pylon_api.job import PylonJob, PylonJobSpec
 from pylon_api.run import RunConfig
-from pylon_operator.errors import Refused
 from pylon_operator.merge import merge_template
 
 Object = dict[str, Any]
-
-DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-MAX_DNS_LABEL_LENGTH = 63
 
 MIN_GRACE_SECONDS = 30
 """Kubernetes' own default; below it even a small save would be cut off."""
@@ -87,9 +82,8 @@ def run_config(job: PylonJob, attempt: int) -> RunConfig:
 def build_attempt(job: PylonJob, attempt: int, *, default_image: str, token: str) -> list[Object]:
     """All objects of an attempt in the order of their creation: Service, ConfigMap, Secret, Job.
 
-    Raises Refused when spec.template cannot be merged or the pods' host names would not be DNS labels.
+    Raises TemplateError when spec.template cannot be merged.
     """
-    _check_name(job, attempt)
     config = json.dumps(run_config(job, attempt).to_wire(), indent=2, sort_keys=True)
     token_data = {names.TOKEN_FILE: base64.b64encode(token.encode()).decode()}
     template = _pod_template(job, attempt, default_image)
@@ -101,17 +95,6 @@ def build_attempt(job: PylonJob, attempt: int, *, default_image: str, token: str
         ),
         _object(job, attempt, "batch/v1", "Job", spec=_job_spec(job.spec, template)),
     ]
-
-
-def _check_name(job: PylonJob, attempt: int) -> None:
-    name = job.metadata.name
-    longest = f"{attempt_name(name, attempt)}-{job.spec.nodes - 1}"
-    if not DNS_LABEL.fullmatch(name) or len(longest) > MAX_DNS_LABEL_LENGTH:
-        raise Refused(
-            names.Reason.INVALID_SPEC,
-            f"metadata.name: {name!r} makes the host name {longest!r}, which should be a DNS label: lower-case "
-            f"letters, digits and '-', a letter first, at most {MAX_DNS_LABEL_LENGTH} characters",
-        )
 
 
 def _object(
@@ -167,7 +150,9 @@ def _pod_template(job: PylonJob, attempt: int, default_image: str) -> Object:
         "metadata": {"labels": labels_for(job, attempt)},
         "spec": {"restartPolicy": "Never", "subdomain": attempt_name(job.metadata.name, attempt)},
     }
-    generated = {"metadata": {}, "spec": _pod_spec(job, attempt, default_image)}
+    # Sidecars may stand first; `kubectl logs` and `exec` should mean the trainer all the same.
+    annotations = {"kubectl.kubernetes.io/default-container": names.CONTAINER}
+    generated = {"metadata": {"annotations": annotations}, "spec": _pod_spec(job, attempt, default_image)}
     return merge_template(merge_template(generated, job.spec.template), fixed)
 
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from pathlib import Path
 from pylon_operator import metrics
 from pylon_operator.api import Api
 from pylon_operator.api_errors import ApiError
-from pylon_operator.cluster import Children, KubernetesCluster
+from pylon_operator.children import Children
+from pylon_operator.cluster import KubernetesCluster
 from pylon_operator.controller import Controller
 from pylon_operator.credentials import CredentialsError, load_credentials
 from pylon_operator.due import DueSet
@@ -57,12 +58,17 @@ class Options:
     token_key_file: Path | None
 
 
+class WatchEnded(Exception):
+    """kopf gave up, which it says itself in the log."""
+
+
 class _Stop(Exception):
     """SIGTERM or SIGINT."""
 
 
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (LeaseLost, 75),
+    (WatchEnded, 70),
     (CredentialsError, 78),
     (TokenKeyError, 78),
     (ApiError, 69),
@@ -110,16 +116,16 @@ class _Operator:
         self._due: DueSet[JobKey] = DueSet()
         self._watches: list[Watch] = []
         self._controller: Controller | None = None
+        self._namespaces: tuple[str | None, ...] = options.namespaces or (None,)
+        self._checked = False
 
     async def run(self) -> None:
+        """Everything until SIGTERM. What tasks use is entered before the group of tasks, so that it outlives them."""
         options = self._options
         credentials = load_credentials(options.kubeconfig)
-        namespaces: tuple[str | None, ...] = options.namespaces or (None,)
         async with AsyncExitStack() as stack:
             api = await stack.enter_async_context(Api(credentials))
-            group = await stack.enter_async_context(asyncio.TaskGroup())
-            stop = _stop_on_signals(group)
-            await check_cluster(api, namespaces=namespaces, own_namespace=options.own_namespace)
+            poller = await stack.enter_async_context(Poller(self._due.mark, poll_seconds=options.poll_seconds))
             await stack.enter_async_context(
                 serve_probes(
                     health_port=options.health_port,
@@ -129,37 +135,38 @@ class _Operator:
                     refresh=self._refresh_metrics,
                 )
             )
-            if options.use_lease:
-                lease = Lease(api, options.own_namespace, self._identity)
-                stack.push_async_callback(lease.release)
-                await lease.acquire()
-                api.fence = lease.check
-                group.create_task(lease.keep())
-            await self._lead(api, namespaces, group, stack)
-            await watch_jobs(self._due.mark, credentials, options.namespaces)
-            stop()
+            lease = Lease(api, options.own_namespace, self._identity)
+            stack.push_async_callback(lease.release)
+            async with asyncio.TaskGroup() as group:
+                _stop_on_signals(group)
+                await check_cluster(api, namespaces=self._namespaces, own_namespace=options.own_namespace)
+                self._checked = True
+                if options.use_lease:
+                    await lease.acquire()
+                    api.fence = lease.check
+                    group.create_task(lease.keep())
+                await self._start(api, poller, group)
+                await watch_jobs(self._due.mark, credentials, options.namespaces)
+                raise WatchEnded("the watch of PylonJobs ended by itself")
 
-    async def _lead(
-        self, api: Api, namespaces: tuple[str | None, ...], group: asyncio.TaskGroup, stack: AsyncExitStack
-    ) -> None:
-        """Start everything that works on jobs; workers only when the first lists are in."""
+    async def _start(self, api: Api, poller: Poller, group: asyncio.TaskGroup) -> None:
+        """Start all that works on jobs; the workers only when the first lists are in."""
         options = self._options
         file = options.token_key_file
         key = read_token_key(file) if file else await ensure_token_key(api, options.own_namespace)
         children = Children(lambda job: self._due.mark(job, CHILD_DELAY_SECONDS))
-        poller = await stack.enter_async_context(Poller(self._due.mark, poll_seconds=options.poll_seconds))
         events = EventPoster(api, self._identity)
         cluster = KubernetesCluster(api, children, poller, events, default_image=options.image, token_key=key)
         self._watches = [
             Watch(api, resource, store, namespace=namespace, metadata_only=resource in (SERVICES, CONFIG_MAPS))
             for resource, store in children.by_resource.items()
-            for namespace in namespaces
+            for namespace in self._namespaces
         ]
         for watch in self._watches:
             group.create_task(watch.run())
         for watch in self._watches:
             await watch.synced.wait()
-        self._controller = Controller(cluster, self._due)
+        self._controller = Controller(api, cluster, self._due)
         group.create_task(self._controller.run())
         group.create_task(events.run())
         group.create_task(poller.run(cluster.targets))
@@ -174,6 +181,8 @@ class _Operator:
 
     def _ready(self) -> Iterator[str]:
         """One that waits for the lease is ready too: it would stand in the way of its own roll-out otherwise."""
+        if not self._checked:
+            yield "the API server, the permissions and the CRD are still being checked"
         for watch in self._watches:
             if not watch.synced.is_set():
                 yield f"the first list of {watch.name} is not in yet"
@@ -185,8 +194,8 @@ class _Operator:
             self._controller.count_jobs()
 
 
-def _stop_on_signals(group: asyncio.TaskGroup) -> Callable[[], None]:
-    """Make SIGTERM and SIGINT end the group; the same by hand with what is returned."""
+def _stop_on_signals(group: asyncio.TaskGroup) -> None:
+    """Make SIGTERM and SIGINT end the group."""
     stopped = asyncio.Event()
 
     async def end() -> None:
@@ -196,7 +205,6 @@ def _stop_on_signals(group: asyncio.TaskGroup) -> Callable[[], None]:
     group.create_task(end())
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    return stopped.set
 
 
 def default_namespace() -> str:

@@ -72,7 +72,7 @@ def look(observed: Observed, now: datetime) -> Situation:
     job = observed.job
     recorded = job.status
     current = next((a for a in observed.attempts if _is_current(a, recorded)), None)
-    pods = tuple(pod for pod in observed.pods if current and pod.job_uid == current.uid)
+    current_uid = current.uid if current else None
     trainer = observed.trainer
     if trainer and (trainer.uid, trainer.attempt) != (job.metadata.uid, recorded.attempt):
         trainer = None
@@ -81,9 +81,9 @@ def look(observed: Observed, now: datetime) -> Situation:
         now=now,
         status=_read_progress(job, trainer, observed.pods),
         current=current,
-        pods=pods,
+        pods=tuple(pod for pod in observed.pods if pod.job_uid == current_uid),
         old_jobs=tuple(a for a in observed.attempts if a is not current),
-        old_pods=tuple(pod for pod in observed.pods if not pod.terminal and pod not in pods),
+        old_pods=tuple(pod for pod in observed.pods if not pod.terminal and pod.job_uid != current_uid),
         trainer=trainer,
         missing_children=observed.missing_children,
     )
@@ -138,6 +138,7 @@ def _reports(uid: str, trainer: TrainerStatus | None, pods: tuple[PodView, ...])
     if trainer:
         yield trainer
     for pod in pods:
-        report = termination_report(pod) if pod.terminal else None
+        # Only rank 0's pod reports progress; a gang may have thousands.
+        report = termination_report(pod) if pod.terminal and pod.index == 0 else None
         if report and report.final and report.final.uid == uid:
             yield report.final

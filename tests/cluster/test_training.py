@@ -1,4 +1,4 @@
-"""PylonJobs on a real API server: applied with kubectl, run by the operator under the chart's own roles, pods as processes.
+"""PylonJobs on a real API server: applied with kubectl, run by the operator under the chart's roles, pods as processes.
 
 Each test is a life that a user could watch with `kubectl get pylonjobs --watch`.
 """

@@ -1,7 +1,7 @@
 """Whole gangs for tests: real launchers, workers, signals and gloo, but forked from the test's process.
 
-Forking spares every process the import of torch, and lets a test change what a worker does by patching it first: a rank
-that dies at an exact point needs no sleeps. `tests/trainer/test_launcher.py` starts one gang as pods do, by command line.
+Forking spares every process the import of torch, and lets a test change what a worker does by patching it first: a
+rank that dies at an exact point needs no sleeps. test_launcher.py starts one gang as pods do, by command line.
 """
 
 from __future__ import annotations

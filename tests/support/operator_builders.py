@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 from pylon_api import names
@@ -14,7 +14,7 @@ from pylon_operator.observation import Action, AttemptView, Decision, EmitEvent,
 from pylon_operator.plan import plan
 
 UID = "5f3a9c1e-0000-4000-8000-000000000001"
-NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=timezone.utc)
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 CHECKPOINTS = {"uri": "s3://bucket/runs"}
 
 

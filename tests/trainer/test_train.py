@@ -107,7 +107,7 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     checkpoints.rename(tmp_path / "kept")
 
     with monkeypatch.context() as patch:
-        before_step(patch, step=5, rank=1, act=lambda: os.kill(os.getppid(), signal.SIGTERM))
+        stop_pod_in_step(patch, step=4, rank=1)
         exit_code, first = run_pod(tmp_path / "parts", make_config(gating=gating))
     assert exit_code == ExitCode.STOPPED, first.log
     assert committed_steps(checkpoints) == [3, 5]

@@ -1,4 +1,4 @@
-"""Checkpoints survive: kills between any two writes, damage to any file, a full disk, an older attempt that lives on."""
+"""Checkpoints survive kills between any two writes, damage to any file, a full disk, an older attempt that lives on."""
 
 from __future__ import annotations
 

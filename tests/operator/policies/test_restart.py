@@ -1,0 +1,61 @@
+"""The restart budget and the back-off."""
+
+from __future__ import annotations
+
+import pytest
+from operator_builders import NOW, a_checkpoint
+
+from pylon_api.job import FailureAction, FailurePolicy, FailureRecord, PylonJobStatus
+from pylon_operator.policies import restart
+
+
+def status(spent: int, *steps: int | None, checkpoint: int = 0, at_restart: int = 0) -> PylonJobStatus:
+    return PylonJobStatus(
+        restarts=spent,
+        restarts_without_progress=spent,
+        restart_checkpoint_step=at_restart,
+        checkpoint=a_checkpoint(checkpoint) if checkpoint else None,
+        failures=[FailureRecord(attempt=n, reason="Internal", step=step, time=NOW) for n, step in enumerate(steps, 1)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_restarts", "spent", "steps", "reason"),
+    [
+        (5, 0, [70], None),
+        (5, 4, [70] * 5, None),
+        (5, 5, [70] * 6, "NoProgress"),
+        (5, 5, [70] * 5 + [71], "RestartsExhausted"),
+        (1, 1, [3, 70, 70], "NoProgress"),
+        (2, 2, [3, 70, 70], "RestartsExhausted"),
+        (0, 0, [70], "RestartsExhausted"),
+        (2, 2, [None, 0, None], "NoProgress"),
+        (20, 20, [70] * 10, "NoProgress"),
+    ],
+)
+def test_budget(max_restarts: int, spent: int, steps: list[int | None], reason: str | None) -> None:
+    assert restart.exhausted(status(spent, *steps), FailurePolicy(max_restarts=max_restarts)) == reason
+
+
+@pytest.mark.parametrize(("checkpoint", "at_restart", "left"), [(0, 0, 3), (100, 100, 3), (100, 50, 0), (50, 100, 3)])
+def test_only_a_new_commit_is_progress(checkpoint: int, at_restart: int, left: int) -> None:
+    known = status(3, checkpoint=checkpoint, at_restart=at_restart)
+    assert restart.forgive(known).restarts_without_progress == left
+
+
+@pytest.mark.parametrize(
+    ("action", "without_progress"), [(FailureAction.RESTART, 3), (FailureAction.RESTART_FREELY, 2)]
+)
+def test_free_restarts_do_not_count(action: FailureAction, without_progress: int) -> None:
+    counted = restart.count(status(2, checkpoint=100, at_restart=50), action)
+    assert (counted.restarts, counted.restarts_without_progress) == (3, without_progress)
+    assert counted.restart_checkpoint_step == 100
+
+
+@pytest.mark.parametrize(
+    ("base", "without_progress", "seconds"),
+    [(10, 0, 10), (10, 1, 10), (10, 2, 20), (10, 5, 160), (10, 10, 3600), (1, 9999, 3600), (0, 7, 0)],
+)
+def test_backoff_doubles_up_to_an_hour(base: int, without_progress: int, seconds: int) -> None:
+    policy = FailurePolicy(backoff_seconds=base)
+    assert restart.backoff_seconds(status(without_progress), policy) == seconds
