@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -98,9 +97,8 @@ class PylonRun:
 
 def alive(pid: int) -> bool:
     """Whether a process is there and no zombie."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+    table = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return bool(table.stdout.strip()) and not table.stdout.startswith("Z")
 
 
 def saved(directory: Path) -> dict[str, Any]:

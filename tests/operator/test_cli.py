@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -198,3 +199,39 @@ def test_another_recipe_needs_fresh(tmp_path: Path) -> None:
     assert result.exit_code == 78
     assert "spec.training.schedule.steps: was 5, now 6" in result.output
     assert pylon("run", file, "--fresh").exit_code == 0
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    Path(".pylon").write_text("in the way")
+    result = pylon("run", write(Path("job.yaml"), fake_job(tmp_path)))
+    assert result.exit_code == 74
+    assert result.output.startswith("Error: ")
+    assert "Not a directory" in result.output
+
+
+def test_a_second_interrupt_stops_at_once_and_the_job_can_go_on(tmp_path: Path) -> None:
+    """The fake trainer sleeps through its first step, so the commit that the first interrupt asks for never comes."""
+    file = write(Path("job.yaml"), fake_job(tmp_path, step_seconds=600))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pylon_operator.cli", "run", file, "--output", "json"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with run:
+        assert run.stdout is not None
+        log = tmp_path / ".pylon/default/demo/logs/demo-a1-0.log"
+        for line in run.stdout:
+            status = json.loads(line).get("status", {})
+            if status.get("training"):
+                run.send_signal(signal.SIGINT)
+            if status.get("phase") == "Suspending":
+                run.send_signal(signal.SIGINT)
+                break
+        last = json.loads(run.stdout.read().splitlines()[-1])
+    assert run.returncode == 75
+    assert last["status"]["phase"] == "Suspending"
+    assert "from step 0" in log.read_text()
+    result = pylon("run", write(Path("job.yaml"), fake_job(tmp_path)))
+    assert result.exit_code == 0, result.output
+    assert "restarts    0" in result.output

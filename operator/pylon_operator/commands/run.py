@@ -34,6 +34,12 @@ class UserError(click.ClickException):
     exit_code = int(ExitCode.BAD_CONFIG)
 
 
+class StorageFailure(click.ClickException):
+    """The job's own directory cannot be read or written."""
+
+    exit_code = int(ExitCode.STORAGE)
+
+
 @click.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--fresh", is_flag=True, help="Forget the earlier run of this job. Its checkpoints stay on disk.")
@@ -49,8 +55,8 @@ def command(ctx: click.Context, file: Path, fresh: bool, output: str) -> None:
     """Run a job on this machine, or resume it.
 
     Ctrl-C saves a checkpoint and stops; a second one stops at once. Paths in the manifest are relative to the working
-    directory, which also keeps the job's state, in .pylon. Exit codes: 0 succeeded, 75 suspended, 65 and 78 a mistake
-    in the data or the manifest, 1 any other failure.
+    directory, which also keeps the job's state, in .pylon. Exit codes: 0 succeeded, 75 stopped, 65 and 78 a mistake in
+    the data or the manifest, 74 a full or unwritable disk, 1 any other failure.
     """
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     try:
@@ -70,6 +76,8 @@ def command(ctx: click.Context, file: Path, fresh: bool, output: str) -> None:
         raise UserError("\n".join(error.problems)) from error
     except StateError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise StorageFailure(f"{error.filename or directory.path}: {error.strerror}") from error
 
 
 def _run(

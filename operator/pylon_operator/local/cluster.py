@@ -96,8 +96,8 @@ class LocalCluster:
         self._polling.cancel()
         for pod in self.pods:
             pod.process.kill()
-        # Ends when every pod has, and raises what a watch of ours may have raised.
-        await self._watching.__aexit__(kind, error, trace)
+        # Ends when every pod has, and raises what a watch of ours may have raised; `error` goes its own way.
+        await self._watching.__aexit__(None, None, None)
         await self._session.close()
 
     # The Cluster protocol

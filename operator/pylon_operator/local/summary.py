@@ -40,11 +40,11 @@ def print_summary(
 
 
 def exit_code(job: PylonJob) -> int:
-    """0 for success, 75 for suspended, the trainer's own code for a user's mistake, 1 for any other failure."""
+    """0 for success, 75 for stopped, the trainer's own code for a user's mistake, 1 for any other failure."""
+    if not ended(job):
+        return ExitCode.STOPPED
     if verdict(job) is ConditionStatus.TRUE:
         return ExitCode.SUCCEEDED
-    if suspended(job) and not ended(job):
-        return ExitCode.STOPPED
     last = job.status.failures[-1].exit_code if job.status.failures else None
     return last if last in USER_ERRORS else 1
 
@@ -53,7 +53,12 @@ def _outcome(job: PylonJob, again: str) -> Text:
     name = f"{job.metadata.namespace}/{job.metadata.name}"
     condition = next((each for each in job.status.conditions if each.type == ConditionType.SUCCEEDED), None)
     if not ended(job):
-        return Text.assemble((f"{name} is suspended. ", "bold yellow"), "To go on: ", (again, "bold"))
+        how = (
+            "is suspended."
+            if suspended(job)
+            else "was stopped before it had saved; what was committed earlier is kept."
+        )
+        return Text.assemble((f"{name} {how} ", "bold yellow"), "To go on: ", (again, "bold"))
     assert condition is not None
     said = f"{condition.reason}: {condition.message}" if condition.message else condition.reason
     if condition.status is ConditionStatus.TRUE:

@@ -134,7 +134,8 @@ class LiveView:
         if training and training.loss is not None:
             # A restart begins at an earlier step: what was shown of the steps after it no longer holds.
             self._losses = [point for point in self._losses if point[0] < training.step]
-            self._losses.append((training.step, training.loss))
+            if not self._losses or self._losses[-1][1] != training.loss:
+                self._losses.append((training.step, training.loss))
 
     def event(self, event: EmitEvent) -> None:
         """Takes the news; the next refresh shows it."""
@@ -145,10 +146,9 @@ class LiveView:
         if job is None:
             return Text("starting ...", style="dim")
         training = job.status.training or TrainingProgress()
-        lines: list[RenderableType] = [
-            progress_line(training, self._report, job),
-            Text("   ").join(map(Text, figures(training))),
-        ]
+        lines: list[RenderableType] = [progress_line(training, self._report, job)]
+        if known := figures(training):
+            lines.append(Text("   ".join(known)))
         if len(self._losses) > 1:
             first, last = self._losses[0][1], self._losses[-1][1]
             drawn = sparkline([loss for _, loss in self._losses], SPARKLINE_WIDTH)
@@ -156,7 +156,9 @@ class LiveView:
         lines.append(Text(standing(job), style="dim"))
         if self._event:
             style = "yellow" if self._event.type == "Warning" else "dim"
-            lines.append(Text(f"{self._event.reason}: {self._event.message}", style=style, overflow="ellipsis"))
+            lines.append(
+                Text(f"{self._event.reason}: {self._event.message}", style=style, no_wrap=True, overflow="ellipsis")
+            )
         lines += [Text(f"! {notice}", style="yellow") for notice in (self._report.notices[-2:] if self._report else [])]
         hint = "Ctrl-C again stops at once" if job.spec.suspend else "Ctrl-C saves a checkpoint and stops"
         title = f"[bold]{escape(job.metadata.namespace)}/{escape(job.metadata.name)}[/]  {phase(job, self._report)}"
