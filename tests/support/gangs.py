@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.fx.experimental.symbolic_shapes  # noqa: F401  autograd imports it late; here once instead of in every worker
-
 from pylon_api import names
 from pylon_api.run import RunConfig, TerminationReport, TrainerStatus
 from pylon_trainer import launcher, worker
