@@ -30,5 +30,5 @@ def selected_cross_entropy(
 def logit_gradient_(logits_KC: Tensor, logsumexp_K: Tensor, labels_K: Tensor, weights_K: Tensor) -> None:
     """Turn logits in place into weight * (softmax - onehot). A label outside [0, C) belongs to another chunk."""
     gradient_KC = torch.exp(logits_KC.float() - logsumexp_K.unsqueeze(1))
-    gradient_KC -= labels_K.unsqueeze(1) == torch.arange(logits_KC.shape[1], device=logits_KC.device)
+    gradient_KC -= (labels_K.unsqueeze(1) == torch.arange(logits_KC.shape[1], device=logits_KC.device)).float()
     logits_KC.copy_(gradient_KC.mul_(weights_K.unsqueeze(1)))

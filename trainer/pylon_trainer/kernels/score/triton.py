@@ -25,8 +25,9 @@ from pylon_trainer.step import IGNORED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e30)
-"""Stands for "nothing seen yet": finite, so that differences to it are no NaN. Logits below it are reported as not finite."""
+LOWEST = tl.constexpr(-(2.0**100))
+"""Stands for "nothing seen yet". Finite, so that differences to it are no NaN, and a power of two, so that its product with
+LOG2_E has no rounding for a fused multiply-add to expose. Logits below it are reported as not finite."""
 
 LANES, CHUNKS, WARPS = 128, 4, 4
 LOAD_BYTES = 16
@@ -158,10 +159,10 @@ def score(logits_NV: Tensor, labels_N: Tensor) -> Scores:
         raise ValueError(f"score: the vocabulary has stride {stride_V}; call .contiguous() on the logits first")
     scores_6N = logits_NV.new_empty((6, N), dtype=torch.float32)
     nonfinite_rows = logits_NV.new_zeros((), dtype=torch.int32)
-    elements = LOAD_BYTES // logits_NV.itemsize
-    offset = logits_NV.storage_offset() % elements
-    aligned = logits_NV.as_strided((1,), (1,), logits_NV.storage_offset() - offset)
     if N:
+        elements = LOAD_BYTES // logits_NV.itemsize
+        offset = logits_NV.storage_offset() % elements
+        aligned = logits_NV.as_strided((1,), (1,), logits_NV.storage_offset() - offset)
         _score_kernel[(N,)](
             aligned, labels_N.contiguous(), scores_6N, nonfinite_rows, N, V, offset, stride_N,
             IGNORED=IGNORED, U=CHUNKS, L=LANES, E=elements, num_warps=WARPS,
