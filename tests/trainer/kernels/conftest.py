@@ -1,7 +1,8 @@
 """The rungs on which kernels are tested.
 
-`device` is where a Triton kernel can run: a CUDA device, or the CPU when TRITON_INTERPRET=1 has turned kernels into Python
-(test_interpreter.py starts such a run of this folder). `anywhere` adds the plain CPU, for functions that choose their own path.
+`device` is where a Triton kernel can run: a CUDA device, or the CPU when TRITON_INTERPRET=1 has turned kernels into
+Python (test_interpreter.py starts such a run of this folder). `anywhere` adds the plain CPU, for functions that choose
+their own path.
 """
 
 from __future__ import annotations

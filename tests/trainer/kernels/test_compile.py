@@ -16,7 +16,10 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"),
+]
 POINTER_ALIGNMENT = [["tt.divisibility", 16]]
 
 
@@ -25,7 +28,9 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_for_hopper(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4, stages: int = 3) -> str:
+def compile_for_hopper(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4, stages: int = 3
+) -> str:
     """PTX of the kernel: arguments not named in types or constants are int32."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -35,7 +40,9 @@ def compile_for_hopper(kernel: Any, types: Mapping[str, str], constants: Mapping
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): POINTER_ALIGNMENT for name, kind in types.items() if kind.startswith("*")},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
+    )
     return str(compiled.asm["ptx"])
 
 

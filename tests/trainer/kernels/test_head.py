@@ -11,7 +11,9 @@ from pylon_trainer.step import IGNORED
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-def inputs(rows: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    rows: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, head weight (both ask for gradients) and labels, the first of them ignored."""
     hidden_NH = torch.randn(rows, hidden, device=device).to(dtype).requires_grad_()
     weight_VH = (torch.randn(vocab, hidden, device=device) * 3 * hidden**-0.5).to(dtype).requires_grad_()
@@ -23,7 +25,11 @@ def inputs(rows: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch
 def assert_scores_close(actual, expected, tolerance: float = 1e-4) -> None:
     for name in expected.__slots__:
         torch.testing.assert_close(
-            getattr(actual, name), getattr(expected, name), rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            getattr(actual, name),
+            getattr(expected, name),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -35,7 +41,7 @@ def assert_gradients_close(actual: Tensor, expected: Tensor, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(5, 7, 8), (19, 70, 24), (17, 65, 17)])
 def test_kernel_agrees_with_the_reference(device, dtype, rows, vocab, hidden) -> None:
-    """Rows, vocabulary and width that are multiples of nothing; 17 columns cannot be read by the copy engine as they are."""
+    """Rows, vocabulary and width that are multiples of nothing; the copy engine cannot read 17 columns as they are."""
     fused = pytest.importorskip("pylon_trainer.kernels.head.triton")
     tiling = fused.Tiling(rows=16, columns=32, depth=16, run=2, group=2, stages=1, warps=4)
     hidden_NH, weight_VH, labels_N = (tensor.detach() for tensor in inputs(rows, vocab, hidden, dtype, device))
@@ -83,7 +89,7 @@ def test_scoring_allocates_no_logits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [[5, 2, 11], [4], [3, 3, 1], [0, 6], [0], []], ids=str)
 def test_selected_loss_and_gradients(anywhere, dtype, rows, scored, monkeypatch) -> None:
-    """Any order, one row twice, an ignored row among them, only ignored rows, none; in chunks smaller than the vocabulary."""
+    """Any order, one row twice, an ignored row among them, only ignored rows, none; in chunks of the vocabulary."""
     monkeypatch.setattr(selected, "CHUNK_BYTES", 1)
     hidden_NH, weight_VH, labels_N = inputs(12, 600, 40, dtype, anywhere)
     rows_K = torch.tensor(rows, dtype=torch.int64, device=anywhere)
@@ -141,5 +147,5 @@ def test_bad_shapes_are_named(hidden, weight, labels, complaint) -> None:
 
 
 def test_mixed_types_are_named() -> None:
-    with pytest.raises(ValueError, match="bfloat16, weight torch.float32; give both"):
+    with pytest.raises(ValueError, match=r"bfloat16, weight torch\.float32; give both"):
         head.score(torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(5, 4), torch.zeros(1, dtype=torch.int64))

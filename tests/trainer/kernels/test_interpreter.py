@@ -1,4 +1,4 @@
-"""The cases of this folder's Triton kernels in Triton's interpreter, which must be switched on before the kernels are imported."""
+"""This folder's kernel cases in Triton's interpreter, which must be switched on before a kernel is imported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="this run is interpreted already"
-)
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this run is interpreted already")
 
 
 @pytest.mark.slow

@@ -17,7 +17,11 @@ SCORES = [field.name for field in fields(Scores)]
 def assert_close(actual: Scores, expected: Scores, absolute: float = 2e-5) -> None:
     for name in SCORES:
         torch.testing.assert_close(
-            getattr(actual, name), getattr(expected, name), rtol=1e-5, atol=absolute, msg=lambda text, name=name: f"{name}: {text}"
+            getattr(actual, name),
+            getattr(expected, name),
+            rtol=1e-5,
+            atol=absolute,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -85,7 +89,8 @@ def test_gradient_norm_of_a_learnt_token_is_never_below_its_miss(fused, device) 
 
 
 def test_no_rows(fused, device) -> None:
-    assert fused(torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.int64, device=device)).loss_N.shape == (0,)
+    scores = fused(torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+    assert scores.loss_N.shape == (0,)
 
 
 @pytest.mark.gpu

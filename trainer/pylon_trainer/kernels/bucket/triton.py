@@ -1,9 +1,9 @@
 """Buckets by rank in linear time: radix selection of every border at once.
 
-A float32 becomes an integer key of the same order. Three passes fix the border's key digit by digit: count the digits of the
-keys that still agree with the border, then step down from the highest digit until enough rows are above. What is left to decide
-is how many of the rows that equal the border belong above it: the first of them, so a prefix count of equals ends the matter.
-Counts are integers, so the result is exact and the same in every run.
+A float32 becomes an integer key of the same order. Three passes fix the border's key digit by digit: count the digits
+of the keys that still agree with the border, then step down from the highest digit until enough rows are above. What is
+left to decide is how many of the rows that equal the border belong above it: the first of them, so a prefix count of
+equals ends the matter. Counts are integers, so the result is exact and the same in every run.
 
 Shapes: N scores, B borders, G blocks of scores, D values of a digit.
 """
@@ -27,7 +27,7 @@ BLOCK = 1024
 
 @triton.jit
 def _load_keys(scores_N, n, N):
-    """Keys in 0 to 2^32 - 1 that order as their scores do: negative numbers have all bits turned, others the sign alone."""
+    """Keys in 0 to 2^32 - 1 that order as their scores do: all bits of a negative number turned, else the sign."""
     score = tl.load(scores_N + n, mask=n < N, other=0.0) + 0.0  # -0 + 0 is 0
     bits = score.to(tl.uint32, bitcast=True).to(tl.int64)
     key = tl.where(bits >> 31 == 1, 0xFFFFFFFF - bits, bits + 0x80000000)
@@ -78,11 +78,13 @@ def _assign_kernel(
     for b in tl.static_range(B):
         border = tl.load(border_B + b)
         equal = (n < N) & (key == border)
-        place = tl.sum(tl.load(equals_BG + b * G + earlier_G, mask=earlier_G < g, other=0), 0) + tl.cumsum(equal.to(tl.int32), 0)
-        above = (key > border) | (equal & (place <= tl.load(missing_B + b)))
-        bucket += tl.where(above, 0, 1)
+        missing = tl.load(missing_B + b)
+        before = tl.sum(tl.load(equals_BG + b * G + earlier_G, mask=earlier_G < g, other=0), 0)
+        place = before + tl.cumsum(equal.to(tl.int32), 0)
+        bucket += tl.where((key > border) | (equal & (place <= missing)), 0, 1)
         # One row is the last above the border, so one program writes its score.
-        tl.store(thresholds_B + b + n * 0, tl.load(scores_N + n, mask=n < N), mask=equal & (place == tl.load(missing_B + b)))
+        last = equal & (place == missing)
+        tl.store(thresholds_B + b + n * 0, tl.load(scores_N + n, mask=last), mask=last)
     tl.store(bucket_N + n, bucket, mask=n < N)
 
 
@@ -90,10 +92,10 @@ def bucket(scores_N: Tensor, ends: Sequence[int]) -> Buckets:
     """As `reference.bucket`, in five reads of the scores."""
     scores_N, device = scores_N.contiguous(), scores_N.device
     N, B, G = len(scores_N), len(ends), triton.cdiv(len(scores_N), BLOCK)
-    bucket_N = torch.zeros(N, dtype=torch.int32, device=device)
     thresholds_B = torch.empty(B, dtype=torch.float32, device=device)
     if B == 0:
-        return Buckets(bucket_N, thresholds_B)
+        return Buckets(torch.zeros(N, dtype=torch.int32, device=device), thresholds_B)
+    bucket_N = torch.empty(N, dtype=torch.int32, device=device)
     prefix_B = torch.zeros(B, dtype=torch.int64, device=device)
     missing_B = _on_device(tuple(ends), device).clone()
     shift = KEY_BITS.value

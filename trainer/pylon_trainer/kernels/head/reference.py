@@ -1,4 +1,4 @@
-"""The output head with scoring and selected cross entropy in plain PyTorch: the definition that the fused path is held to.
+"""The output head with its scores and losses in plain PyTorch: the definition that the fused path is held to.
 
 Shapes: N rows (tokens), H hidden width, V vocabulary, K chosen rows, C columns of a chunk of logits.
 """

@@ -1,4 +1,4 @@
-"""Cross entropy of chosen rows whose logits never exist at once: backward recomputes them, a chunk of the vocabulary at a time.
+"""Cross entropy of chosen rows whose logits never exist at once: backward recomputes them in chunks of the vocabulary.
 
 Shapes: N rows (tokens), H hidden width, V vocabulary, K chosen rows, C columns of a chunk of logits.
 """
@@ -37,7 +37,7 @@ class SelectedCrossEntropy(torch.autograd.Function):
         return weights_K @ losses_K
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, labels_K, rows_K, weights_K, logsumexp_K = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]

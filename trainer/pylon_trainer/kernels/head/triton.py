@@ -1,8 +1,8 @@
 """The output head fused with scoring: logits live in the tensor cores' accumulators and are never written.
 
-A program owns a block of rows and a run of vocabulary tiles. It multiplies tile by tile and folds each tile into the running
-statistics of `kernels.score.triton`; a small second kernel joins the runs of every row. Order and shape of every sum depend on
-the shapes alone: the same input gives the same bits.
+A program owns a block of rows and a run of vocabulary tiles. It multiplies tile by tile and folds each tile into the
+running statistics of `kernels.score.triton`; a small second kernel joins the runs of every row. Order and shape of
+every sum depend on the shapes alone: the same input gives the same bits.
 
 Shapes: N rows (tokens), H hidden width, V vocabulary, S runs, C columns of a chunk of logits, K chosen rows;
 in a tile: M rows, C columns, D elements of the inner product.
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pylon_trainer.kernels.score.reference import Scores
-from pylon_trainer.kernels.score.triton import LOG2_E, LOWEST, finish, rescale, second_of, store_scores
+from pylon_trainer.kernels.score.triton import LOG2_E, LOWEST, finish, merge_top_two, rescale, store_scores
 from pylon_trainer.step import IGNORED
 
 STATISTICS = 5
@@ -42,9 +42,9 @@ class Tiling:
     warps: int
 
 
-# Measured on an H200: a third load in flight hides memory, a fourth costs registers; joining the two loops (`flatten`) makes the
-# compiler clear the accumulator with selects in every step and costs 15 %.
-TENSOR_CORES = Tiling(rows=128, columns=256, depth=64, run=4, group=32, stages=3, warps=8)
+# Measured on an H200: a third load in flight hides memory, a fourth costs registers; joining the two loops (`flatten`)
+# makes the compiler clear the accumulator with selects in every step and costs 15 %.
+TENSOR_CORES = Tiling(rows=128, columns=256, depth=64, run=4, group=16, stages=3, warps=8)
 FULL_PRECISION = Tiling(rows=64, columns=64, depth=32, run=16, group=32, stages=2, warps=4)
 """float32 without tensor cores: slow and exact."""
 
@@ -75,8 +75,8 @@ def _head_kernel(
             x_MC = tl.dot(hidden_MD, weight_CD.T, x_MC, input_precision="ieee")
         if v + C > V:
             x_MC = tl.where((v + tl.arange(0, C) < V)[None, :], x_MC, LOWEST)
-        first_M, second_M = tl.reduce((x_MC, tl.full([M, C], LOWEST, tl.float32)), 1, second_of)
-        new_m1_M, m2_M = second_of(m1_M, m2_M, first_M, second_M)
+        first_M, second_M = tl.reduce((x_MC, tl.full([M, C], LOWEST, tl.float32)), 1, merge_top_two)
+        new_m1_M, m2_M = merge_top_two(m1_M, m2_M, first_M, second_M)
         s_M, t_M, q_M = rescale(m1_M, s_M, t_M, q_M, new_m1_M)
         d_MC = x_MC * LOG2_E - (new_m1_M * LOG2_E)[:, None]
         e_MC = tl.exp2(d_MC)
@@ -126,12 +126,14 @@ def _join_kernel(
         run_s_M = tl.load(run_M + 2 * S * N, mask=valid_M, other=0.0)
         run_t_M = tl.load(run_M + 3 * S * N, mask=valid_M, other=0.0)
         run_q_M = tl.load(run_M + 4 * S * N, mask=valid_M, other=0.0)
-        new_m1_M, m2_M = second_of(m1_M, m2_M, first_M, second_M)
+        new_m1_M, m2_M = merge_top_two(m1_M, m2_M, first_M, second_M)
         s_M, t_M, q_M = rescale(m1_M, s_M, t_M, q_M, new_m1_M)
         run_s_M, run_t_M, run_q_M = rescale(first_M, run_s_M, run_t_M, run_q_M, new_m1_M)
         m1_M, s_M, t_M, q_M = new_m1_M, s_M + run_s_M, t_M + run_t_M, q_M + run_q_M
 
-    entropy, margin, loss, confidence, logsumexp, gradient_norm = finish(m1_M, m2_M, s_M, t_M, q_M, tl.sum(product_MD, 1))
+    entropy, margin, loss, confidence, logsumexp, gradient_norm = finish(
+        m1_M, m2_M, s_M, t_M, q_M, tl.sum(product_MD, 1)
+    )
     store_scores(
         scores_6N, nonfinite_rows, n_M, N, valid_M, labelled_M,
         entropy, margin, loss, confidence, logsumexp, gradient_norm,
@@ -150,7 +152,9 @@ def _logit_gradient_kernel(logits_KC, logsumexp_K, labels_K, weights_K, C, strid
 
 def score(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Scores:
     """As `reference.score`, without logits in memory."""
-    return score_tiled(hidden_NH, weight_VH, labels_N, FULL_PRECISION if hidden_NH.dtype == torch.float32 else TENSOR_CORES)
+    return score_tiled(
+        hidden_NH, weight_VH, labels_N, FULL_PRECISION if hidden_NH.dtype == torch.float32 else TENSOR_CORES
+    )
 
 
 def score_tiled(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, tiling: Tiling) -> Scores:
@@ -167,13 +171,13 @@ def score_tiled(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, tiling: 
             TensorDescriptor.from_tensor(weight_VH, [tiling.columns, tiling.depth]),
             statistics_5SN, N, V, H,
             M=tiling.rows, C=tiling.columns, D=tiling.depth, RUN=tiling.run, GROUP=tiling.group,
-            num_warps=tiling.warps, num_stages=tiling.stages,
+            num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
         )  # fmt: skip
         _join_kernel[(triton.cdiv(N, 16),)](
             hidden_NH, weight_VH, labels_N.contiguous(), statistics_5SN, scores_6N, nonfinite_rows, N, H, runs,
             hidden_NH.stride(0), weight_VH.stride(0), IGNORED=IGNORED, M=16, D=128,
         )  # fmt: skip
-    return Scores(*scores_6N.unbind(), nonfinite_rows)
+    return Scores.unpack(scores_6N, nonfinite_rows)
 
 
 def logit_gradient_(logits_KC: Tensor, logsumexp_K: Tensor, labels_K: Tensor, weights_K: Tensor) -> None:
@@ -186,7 +190,8 @@ def logit_gradient_(logits_KC: Tensor, logsumexp_K: Tensor, labels_K: Tensor, we
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """The same matrix where the copy engine can read it: rows that begin on 16-byte borders. Zero columns add nothing."""
+    """The same matrix where the copy engine can read it: rows that begin on 16-byte borders. Zero columns add
+    nothing."""
     elements = TMA_ALIGNMENT_BYTES // matrix.itemsize
     if matrix.stride(1) != 1 or matrix.stride(0) % elements or matrix.data_ptr() % TMA_ALIGNMENT_BYTES:
         return F.pad(matrix, (0, -matrix.shape[1] % elements)).contiguous()

@@ -35,6 +35,12 @@ class Scores:
     nonfinite_rows: Tensor
     """int32 scalar on the rows' device: labelled rows with a NaN or infinite logit; the step should then be skipped."""
 
+    @classmethod
+    def unpack(cls, scores_6N: Tensor, nonfinite_rows: Tensor) -> Scores:
+        """From one tensor that holds the scores in the order of the fields."""
+        entropy_N, margin_N, loss_N, confidence_N, logsumexp_N, gradient_norm_N = scores_6N
+        return cls(entropy_N, margin_N, loss_N, confidence_N, logsumexp_N, gradient_norm_N, nonfinite_rows)
+
 
 def score(logits_NV: Tensor, labels_N: Tensor) -> Scores:
     """Score every row of logits against its label."""
