@@ -11,7 +11,6 @@ Shapes: N scores, B borders, G blocks of scores, D values of a digit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -97,7 +96,8 @@ def bucket(scores_N: Tensor, ends: Sequence[int]) -> Buckets:
         return Buckets(torch.zeros(N, dtype=torch.int32, device=device), thresholds_B)
     bucket_N = torch.empty(N, dtype=torch.int32, device=device)
     prefix_B = torch.zeros(B, dtype=torch.int64, device=device)
-    missing_B = _on_device(tuple(ends), device).clone()
+    # From pinned memory, so that the copy does not wait for the device; the allocator keeps the page until it is done.
+    missing_B = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     shift = KEY_BITS.value
     for bits in DIGIT_BITS:
         shift -= bits
@@ -111,9 +111,3 @@ def bucket(scores_N: Tensor, ends: Sequence[int]) -> Buckets:
         B=B, G_PADDED=triton.next_power_of_2(G), BLOCK=BLOCK,
     )  # fmt: skip
     return Buckets(bucket_N, thresholds_B)
-
-
-@lru_cache(maxsize=256)
-def _on_device(ends: tuple[int, ...], device: torch.device) -> Tensor:
-    """The numbers on the device. Copying them waits for it, so each list is copied once; a run knows few."""
-    return torch.tensor(ends, dtype=torch.int32, device=device)
