@@ -122,7 +122,7 @@ def structural_schema(model: type[BaseModel], *, defaults: bool = True) -> Schem
 
 
 def _translate(node: Schema, definitions: dict[str, Schema], defaults: bool, path: str) -> Schema:
-    node = _resolve(node, definitions, path)
+    node, definitions = _resolve(node, definitions, path)
     result = {key: value for key, value in node.items() if key in KEPT}
     if "description" in node:
         result["description"] = " ".join(node["description"].split())
@@ -152,21 +152,26 @@ def _translate(node: Schema, definitions: dict[str, Schema], defaults: bool, pat
     return result
 
 
-def _resolve(node: Schema, definitions: dict[str, Schema], path: str) -> Schema:
-    """The node without `$ref` and without the null branch of `X | None`; what the field says overrides its type."""
+def _resolve(node: Schema, definitions: dict[str, Schema], path: str) -> tuple[Schema, dict[str, Schema]]:
+    """The node without `$ref` and without the null branch of `X | None`, and the definitions that it may still use.
+
+    What a field says overrides what its type says. A definition is used up below itself, so that recursion ends.
+    """
     if "anyOf" in node:
         branches = [branch for branch in node["anyOf"] if branch.get("type") != "null"]
         if len(branches) != 1:
             raise SchemaError(f"{path}: a union of {len(branches)} types; use an enum and separate fields")
-        beside = {key: value for key, value in node.items() if key != "anyOf"}
-        return _resolve(branches[0] | beside, definitions, path)
+        return _resolve(branches[0] | _without(node, "anyOf"), definitions, path)
     if "$ref" in node:
-        beside = {key: value for key, value in node.items() if key != "$ref"}
         name = node["$ref"].removeprefix("#/$defs/")
-        if path.count(".") > 32:
-            raise SchemaError(f"{path}: {name} refers to itself")
-        return _resolve(definitions[name] | beside, definitions, path)
-    return node
+        if name not in definitions:
+            raise SchemaError(f"{path}: {name} contains itself")
+        return _resolve(definitions[name] | _without(node, "$ref"), _without(definitions, name), path)
+    return node, definitions
+
+
+def _without(mapping: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in mapping.items() if name != key}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,14 +13,15 @@ INTRODUCTION = f"""\
 # {names.KIND} reference
 
 `{names.API_VERSION}`, namespaced, short name `pj`, category `pylon`; `kubectl explain pj.spec` prints the same.
-A field that is absent, or null, takes its default; one without a default is then unset. Unknown fields are errors.
+A field that is absent takes its default; one without a default is then unset, as when it is null. Unknown fields are
+errors.
 """
 
 
 def render_reference() -> str:
     """The page as Markdown: one table for each object, outermost first."""
     schema = root_schema()
-    parts = [INTRODUCTION, "Rules on the whole object:\n", *_rules(schema)]
+    parts = [INTRODUCTION, "Rules on the whole object:", *_rules(schema)]
     for section in ("spec", "status"):
         for path, node in _objects(schema["properties"][section], section):
             parts += [f"\n## {path}\n", f"{node['description']}\n", *_table(node), *_rules(node)]

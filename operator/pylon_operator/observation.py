@@ -43,6 +43,11 @@ class PodView:
         """Whether none of its containers can run again."""
         return self.phase in ("Succeeded", "Failed")
 
+    @property
+    def failed(self) -> bool:
+        """Whether its trainer has failed, even if a sidecar keeps the pod running."""
+        return self.phase == "Failed" or self.exit_code not in (None, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptView:
@@ -84,7 +89,7 @@ class CreateAttempt:
 
 @dataclass(frozen=True, slots=True)
 class DeleteAttempt:
-    """Delete a batch Job and its pods in the background, only if it still has this uid."""
+    """Delete a batch Job with its pods, only if it still has this uid; also the Service and ConfigMap of its name."""
 
     name: str
     uid: str
@@ -136,7 +141,7 @@ Action = CreateAttempt | DeleteAttempt | ForceDeletePod | AnnotateTopology | Req
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do, in this order: the actions, then one write of the status if it differs.
+    """What to do, in this order: the actions, then one write of the status if it differs, then the events.
 
     The one exception is a new attempt: `status.attempt` rises in a decision that creates nothing of that attempt; the
     reconcile that sees the new number persisted creates it.

@@ -28,14 +28,12 @@ from pylon_operator.observation import (
 )
 from pylon_operator.outcome import Outcome, conclude
 from pylon_operator.policies import deadline, restart, stuck, suspension, ttl
-from pylon_operator.policies.failure import Failure, find_failure, judge
-from pylon_operator.policies.suspension import Move
+from pylon_operator.policies.failure import SETTLE, Failure, find_failure, judge
+from pylon_operator.policies.suspension import SILENCE, Move
 from pylon_operator.situation import Situation, look
 
-POLL_SECONDS = 5
-"""Between looks at a running attempt: rank 0 is asked how far it is."""
 RECHECK_SECONDS = 60
-"""Between looks while others should act; their watch event comes sooner, unless it was lost."""
+"""Between looks while nothing is due; a watch event or an answer of rank 0 comes sooner, unless it was lost."""
 MAX_FAILURES = 10
 """Failure records kept in the status."""
 
@@ -83,9 +81,11 @@ def refuse(observed: Observed, refusal: Refused, now: datetime) -> Decision:
     s = look(observed, now.replace(microsecond=0))
     if refusal.reason is Reason.INVALID_SPEC and s.current is None:
         return conclude(s, _end(s, s.status, refusal.reason, refusal.message))
-    planned = decide(s)
+    planned = replace(decide(s), actions=(), requeue=RECHECK_SECONDS)
+    if planned.ended:
+        return conclude(s, planned)
     reason = planned.reason if s.current else refusal.reason
-    return conclude(s, Outcome(planned.status, reason, refusal.message, requeue=RECHECK_SECONDS))
+    return conclude(s, replace(planned, reason=reason, message=refusal.message))
 
 
 def _begin(s: Situation) -> Outcome:
@@ -107,7 +107,7 @@ def _watch(s: Situation) -> Outcome:
     attempt, nodes = status.attempt, s.job.spec.nodes
     started = sum(pod.phase != "Pending" for pod in s.pods)
     wait = _soonest(
-        POLL_SECONDS if started else RECHECK_SECONDS,
+        SETTLE.total_seconds() if any(pod.failed for pod in s.pods) else RECHECK_SECONDS,
         deadline.remaining_seconds(s.job.spec, status, s.now),
         stuck.seconds_until_next(s.pods, s.now),
     )
@@ -144,7 +144,7 @@ def _suspend(s: Situation) -> Outcome:
         status = s.status.model_copy(update={"start_time": s.status.start_time or s.now})
         return Outcome(status, Reason.SUSPENDED_BY_USER, messages.SUSPENDED, suspended=True)
     spec, status = s.job.spec, s.status
-    move = suspension.next_move(spec, status, s.trainer if s.rank_zero_ip else None, s.now)
+    move = suspension.next_move(spec, status, s.trainer, s.now) if s.all_run else Move.STOP
     if move in (Move.STOP, Move.STOP_UNSAVED):
         stopped = _next_attempt(_fold_time(status, s.now), not_before=None)
         if move is Move.STOP:
@@ -152,10 +152,11 @@ def _suspend(s: Situation) -> Outcome:
         message = messages.commit_timed_out(status.suspend_step, status.checkpoint)
         return Outcome(stopped, Reason.CHECKPOINT_TIMED_OUT, message, requeue=0)
     actions: tuple[Action, ...] = ()
-    if move is Move.ASK and s.trainer and s.rank_zero_ip:
-        asked = {"suspend_requested_time": s.now, "suspend_step": s.trainer.step}
-        status, actions = status.model_copy(update=asked), (RequestCheckpoint(s.rank_zero_ip),)
-    wait = _soonest(POLL_SECONDS, suspension.remaining_seconds(spec, status, s.now))
+    if move is Move.ASK and s.rank_zero_ip:
+        step = suspension.step_to_save(status, s.trainer)
+        status = status.model_copy(update={"suspend_requested_time": s.now, "suspend_step": step})
+        actions = (RequestCheckpoint(s.rank_zero_ip),)
+    wait = _soonest(SILENCE.total_seconds(), suspension.remaining_seconds(spec, status, s.now))
     message = messages.saving(status.suspend_step, spec.checkpoint_timeout_seconds)
     return Outcome(status, Reason.SAVING_BEFORE_SUSPEND, message, actions, wait)
 

@@ -1,6 +1,6 @@
 """A real Kubernetes for tests: one control plane per test run, a namespace and emulated nodes per test.
 
-A test module that uses `nodes` has a fixture `pod_runner` that runs its pods (see `pod_life.PodRunner`).
+Pods on emulated nodes are run by the same code as those of `pylon run`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from waiting import wait_for
 
 from pylon_api import names
 from pylon_api.crd import build_crd
+from pylon_operator.local.pods import PodRunner as ProcessRunner
 
 HERE = Path(__file__).parent
 
@@ -79,6 +80,12 @@ def crd(control_plane: Cluster) -> None:
     """The PylonJob CRD, applied and served."""
     control_plane.apply(build_crd())
     control_plane.kubectl("wait", "--for=condition=Established", f"crd/{names.PLURAL}.{names.GROUP}", "--timeout=30s")
+
+
+@pytest.fixture
+def pod_runner(tmp_path: Path) -> PodRunner:
+    """How emulated nodes run pods; a module may have its own."""
+    return ProcessRunner(logs=tmp_path / "logs")
 
 
 @pytest.fixture

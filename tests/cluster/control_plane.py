@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import secrets
 import signal
-import socket
 import ssl
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from programs import ProgramsError, build, find_kubectl, find_programs
-from servers import Servers, StartError
+from servers import Servers, StartError, free_port
 
 # Sockets in the working directory; etcd insists on the form host:port.
 ETCD, ETCD_PEER = "unix://etcd:0", "unix://etcd-peer:0"
@@ -93,7 +91,7 @@ def control_plane() -> Iterator[Cluster]:
     programs = find_programs()
     with Servers(programs) as servers:
         directory = servers.directory
-        token, url = secrets.token_hex(32), f"https://127.0.0.1:{_free_port()}"
+        token, url = secrets.token_hex(32), f"https://127.0.0.1:{free_port()}"
         certificate = directory / "certificates" / "apiserver.crt"
         _write_private(directory / "tokens.csv", f'{token},admin,admin,"system:masters"\n')
 
@@ -174,13 +172,6 @@ def _client_flags(directory: Path) -> list[str]:
     ]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _answers(url: str, token: str, certificate: Path) -> bool:
     if not certificate.exists():
         return False
@@ -209,7 +200,8 @@ def _run_in_foreground() -> None:
             file=sys.stderr,
             flush=True,
         )
-        signal.pause()
+        with suppress(KeyboardInterrupt):
+            signal.pause()
 
 
 def main() -> None:
@@ -223,7 +215,7 @@ def main() -> None:
     except (ProgramsError, StartError) as error:
         sys.exit(f"control plane: {error}")
     except KeyboardInterrupt:
-        sys.exit(os.EX_OK)
+        sys.exit(130)  # as a shell reports SIGINT
 
 
 if __name__ == "__main__":

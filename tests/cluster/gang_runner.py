@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from operator_process import free_port
+from api import Object
+from servers import free_port
 
 from pylon_api import names
 from pylon_operator.local.pods import PodProcess
@@ -22,10 +22,10 @@ class GangRunner:
 
     def start(
         self,
-        pod: dict[str, Any],
+        pod: Object,
         *,
-        config_maps: Mapping[str, Mapping[str, str]],
-        secrets: Mapping[str, Mapping[str, str]],
+        config_maps: Mapping[str, Object],
+        secrets: Mapping[str, Object],
         address: str,
         hosts: Mapping[str, str],
     ) -> PodProcess:
@@ -33,8 +33,8 @@ class GangRunner:
         port = self._ports.setdefault(gang, free_port())
         return self.processes.start(
             pod,
-            config_maps={name: {"data": data} for name, data in config_maps.items()},
-            secrets={name: {"stringData": data} for name, data in secrets.items()},
+            config_maps=config_maps,
+            secrets=secrets,
             address=address,
             hosts=hosts,
             ports={names.PORT_RENDEZVOUS: port},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -11,17 +10,11 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from servers import free_port
 from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "pylon-trainer:test"
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 @dataclass

@@ -7,7 +7,6 @@ init containers and no probes, and restarts nothing: `restartPolicy` is taken as
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -15,47 +14,30 @@ from typing import Any, Protocol
 import kubelet_objects as objects
 from api import STRATEGIC_MERGE_PATCH, Api, ApiError, Object
 
+from pylon_operator.local.pods import PodProcess
+from pylon_operator.local.volumes import PodError
+
 MOUNT_RETRY_SECONDS = 0.5
 SIGKILLED = 137
 START_ERROR = 128  # what a kubelet reports when the container could not be started
 
-
-class PodProcess(Protocol):
-    pid: int
-
-    async def wait(self) -> int:
-        """The exit code, 128 + signal when killed."""
-        ...
-
-    def terminate(self, grace_seconds: float) -> None:
-        """SIGTERM now, SIGKILL after the grace; returns at once."""
-        ...
-
-    def kill(self) -> None: ...
-
-    def termination_message(self) -> str: ...
-
-    def logs(self) -> str: ...
-
-    def update_annotations(self, annotations: Mapping[str, str]) -> None:
-        """Refreshes the files of downward-API volumes."""
-        ...
+Mounts = dict[str, dict[str, Object]]
+"""`configmaps` and `secrets`, each by name."""
 
 
 class PodRunner(Protocol):
-    """Runs a pod as a local process. `OSError` from `start` becomes the pod's failure to start."""
+    """What nodes need of a runner: `pylon_operator.local.pods.PodRunner`, or one that adds to it."""
 
     def start(
         self,
         pod: Object,
         *,
-        config_maps: Mapping[str, Mapping[str, str]],
-        secrets: Mapping[str, Mapping[str, str]],
+        config_maps: Mapping[str, Object],
+        secrets: Mapping[str, Object],
         address: str,
         hosts: Mapping[str, str],
     ) -> PodProcess:
-        """`config_maps` and `secrets`: name to data (secrets decoded); `address`: the pod's own 127.x.y.z;
-        `hosts`: DNS name to address, for every pod of the same Job."""
+        """`address` is the pod's own, `hosts` those of its Job by DNS name. `PodError` and `OSError` fail the pod."""
         ...
 
 
@@ -167,14 +149,14 @@ class PodLife:
                 address=self.address,
                 hosts=hosts,
             )
-        except OSError as error:
+        except (PodError, OSError) as error:
             return objects.finished(self.pod, START_ERROR, str(error), "StartError")
         await self._write(objects.running(self.pod, self.address))
         exit_code = await self.process.wait()
         return objects.finished(self.pod, exit_code, self.process.termination_message())
 
-    async def _mounts(self) -> dict[str, dict[str, dict[str, str]]] | None:
-        """The data of all objects that the pod names, once they exist; None when the pod ends before that."""
+    async def _mounts(self) -> Mounts | None:
+        """All objects that the pod names, once they exist; None when the pod ends before that."""
         while not self._must_end.is_set():
             try:
                 return await self._fetch_mounts()
@@ -187,21 +169,17 @@ class PodLife:
                 continue
         return None
 
-    async def _fetch_mounts(self) -> dict[str, dict[str, dict[str, str]]]:
-        found: dict[str, dict[str, dict[str, str]]] = {"configmaps": {}, "secrets": {}}
+    async def _fetch_mounts(self) -> Mounts:
+        found: Mounts = {"configmaps": {}, "secrets": {}}
         for kind, name, optional in objects.mounted_names(self.pod):
             if name in found[kind] or name == "kube-root-ca.crt":
                 continue
             try:
-                answer = await self._api.request("GET", f"/api/v1/namespaces/{self.namespace}/{kind}/{name}")
+                path = f"/api/v1/namespaces/{self.namespace}/{kind}/{name}"
+                found[kind][name] = await self._api.request("GET", path)
             except ApiError as error:
-                if error.status == 404 and optional:
-                    continue
-                raise
-            data = answer.get("data", {})
-            if kind == "secrets":
-                data = {key: base64.b64decode(value).decode() for key, value in data.items()}
-            found[kind][name] = data
+                if error.status != 404 or not optional:
+                    raise
         return found
 
     async def _dns(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ It knows nothing of Kubernetes; which servers, and when they are ready, is said 
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import tempfile
 import time
@@ -40,8 +41,7 @@ class Servers:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        # A short name: a socket's path may have no more than about a hundred characters.
-        self.directory = Path(tempfile.mkdtemp(prefix="pylon-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="pylon-control-plane-"))
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", GUARD, str(self.directory)],
             stdin=subprocess.PIPE,
@@ -89,3 +89,11 @@ class Servers:
 
     def _last_lines(self, name: str) -> str:
         return "\n".join(self._log(name).read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from api import BlockingApi, Object
@@ -21,73 +18,17 @@ from waiting import wait_for
 HERE = Path(__file__).parent
 
 
-class ShellProcess:
-    """A pod's first container as a process whose output is its termination message."""
-
-    def __init__(self, command: list[str], environment: Mapping[str, str], output: Path) -> None:
-        self._output = output
-        self.annotations: Mapping[str, str] = {}
-        with output.open("wb") as file:
-            self._process = subprocess.Popen(command, env=dict(environment), stdout=file, stderr=file)
-        self.pid = self._process.pid
-
-    async def wait(self) -> int:
-        code = await asyncio.to_thread(self._process.wait)
-        return 128 - code if code < 0 else code
-
-    def terminate(self, grace_seconds: float) -> None:
-        self._process.terminate()
-        asyncio.get_running_loop().call_later(grace_seconds, self._process.kill)
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def termination_message(self) -> str:
-        return self.logs()
-
-    def logs(self) -> str:
-        return self._output.read_text()
-
-    def update_annotations(self, annotations: Mapping[str, str]) -> None:
-        self.annotations = annotations
-
-
-class ShellRunner:
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.processes: dict[str, ShellProcess] = {}
-
-    def start(
-        self,
-        pod: Object,
-        *,
-        config_maps: Mapping[str, Mapping[str, str]],
-        secrets: Mapping[str, Mapping[str, str]],
-        address: str,
-        hosts: Mapping[str, str],
-    ) -> ShellProcess:
-        environment = {"PATH": os.environ["PATH"], "ADDRESS": address, "HOSTS": json.dumps(dict(hosts))}
-        for data in (*config_maps.values(), *secrets.values()):
-            environment |= data
-        metadata = pod["metadata"]
-        output = self._directory / f"{metadata['uid']}.log"
-        process = ShellProcess(pod["spec"]["containers"][0]["command"], environment, output)
-        self.processes[metadata["name"]] = process
-        return process
-
-
-@pytest.fixture
-def pod_runner(tmp_path: Path) -> ShellRunner:
-    return ShellRunner(tmp_path)
-
-
-def job(name: str, script: str, *, completions: int = 1, pod: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def job(
+    name: str, script: str, *, completions: int = 1, pod: Object | None = None, container: Object | None = None
+) -> Object:
     """An Indexed Job whose pods each run a shell script and ask for one GPU."""
-    container = {
+    main = {
         "name": "main",
         "image": "none",
         "command": ["/bin/sh", "-c", script],
         "resources": {"limits": {"nvidia.com/gpu": 1}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        **(container or {}),
     }
     return {
         "apiVersion": "batch/v1",
@@ -103,7 +44,8 @@ def job(name: str, script: str, *, completions: int = 1, pod: Mapping[str, Any] 
                 "spec": {
                     "restartPolicy": "Never",
                     "terminationGracePeriodSeconds": 5,
-                    "containers": [container],
+                    "automountServiceAccountToken": False,
+                    "containers": [main],
                     **(pod or {}),
                 }
             },
@@ -111,7 +53,7 @@ def job(name: str, script: str, *, completions: int = 1, pod: Mapping[str, Any] 
     }
 
 
-def apply(cluster: Cluster, namespace: str, *manifests: dict[str, Any]) -> None:
+def apply(cluster: Cluster, namespace: str, *manifests: Object) -> None:
     for manifest in manifests:
         cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", stdin=json.dumps(manifest))
 
@@ -163,66 +105,72 @@ def test_failing_pod_fails_the_job_with_its_message(
     assert terminated["message"] == "no data at step 7\n"
 
 
-def test_unknown_program_is_a_failure_to_start(
+def test_container_without_command_is_a_failure_to_start(
     control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes
 ) -> None:
     nodes.add("node-0")
-    manifest = job("train", "")
-    manifest["spec"]["template"]["spec"]["containers"][0]["command"] = ["/no/such/program"]
-    apply(control_plane, namespace, manifest)
+    apply(control_plane, namespace, job("train", "", container={"command": []}))
     wait_for(lambda: "Failed" in job_condition(api, namespace, "train"), message="the Job fails")
     (pod,) = pods(api, namespace)
-    assert pod["status"]["containerStatuses"][0]["state"]["terminated"]["reason"] == "StartError"
+    terminated = pod["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert terminated["reason"] == "StartError"
+    assert "has no command" in terminated["message"]
 
 
 def test_pods_of_a_job_know_each_other_by_name(
     control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes
 ) -> None:
     nodes.add("node-0")
-    manifest = job("train", 'echo "$HOSTS"', completions=2, pod={"subdomain": "gang"})
+    peers = f"train-0.gang train-1.gang.{namespace}.svc.cluster.local"
+    container = {"env": [{"name": "PEERS", "value": peers}]}
+    manifest = job("train", 'echo "$PEERS"', completions=2, pod={"subdomain": "gang"}, container=container)
     apply(control_plane, namespace, manifest)
     wait_for(lambda: "Complete" in job_condition(api, namespace, "train"), message="the Job completes")
     addresses = {pod["spec"]["hostname"]: pod["status"]["podIP"] for pod in pods(api, namespace)}
     for pod in pods(api, namespace):
-        hosts = json.loads(nodes.logs(namespace, pod["metadata"]["name"]))
-        assert hosts["train-0.gang"] == addresses["train-0"]
-        assert hosts[f"train-1.gang.{namespace}.svc.cluster.local"] == addresses["train-1"]
+        logs = nodes.logs(namespace, pod["metadata"]["name"])
+        assert logs.split() == [addresses["train-0"], addresses["train-1"]]
 
 
 def test_pod_waits_for_its_config_map_and_secret(
     control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes
 ) -> None:
     nodes.add("node-0")
-    volumes = [
-        {"name": "config", "configMap": {"name": "config"}},
-        {"name": "token", "projected": {"sources": [{"secret": {"name": "token"}}]}},
-    ]
-    apply(control_plane, namespace, job("train", 'echo "$GREETING $TOKEN"', pod={"volumes": volumes}))
-    (pod,) = wait_for(
-        lambda: [p for p in pods(api, namespace) if p["spec"].get("nodeName")], message="the pod is bound"
-    )
+    volumes = [{"name": "token", "projected": {"sources": [{"secret": {"name": "token"}}]}}]
+    container = {
+        "envFrom": [{"configMapRef": {"name": "config"}}],
+        "env": [{"name": "TOKEN_FILE", "value": "/etc/token/value"}],
+        "volumeMounts": [{"name": "token", "mountPath": "/etc/token"}],
+    }
+    manifest = job("train", 'echo "$GREETING $(cat "$TOKEN_FILE")"', pod={"volumes": volumes}, container=container)
+    apply(control_plane, namespace, manifest)
+
+    def bound() -> list[Object]:
+        return [pod for pod in pods(api, namespace) if pod["spec"].get("nodeName")]
+
+    (pod,) = wait_for(bound, message="the pod is bound")
     assert pod["status"]["phase"] == "Pending"
     control_plane.kubectl("-n", namespace, "create", "configmap", "config", "--from-literal=GREETING=hello")
-    control_plane.kubectl("-n", namespace, "create", "secret", "generic", "token", "--from-literal=TOKEN=s3cret")
+    control_plane.kubectl("-n", namespace, "create", "secret", "generic", "token", "--from-literal=value=s3cret")
     wait_for(lambda: "Complete" in job_condition(api, namespace, "train"), message="the Job completes")
     assert nodes.logs(namespace, pod["metadata"]["name"]) == "hello s3cret\n"
 
 
 def test_annotations_reach_a_running_pod(
-    control_plane: Cluster,
-    api: BlockingApi,
-    namespace: str,
-    nodes: Nodes,
-    pod_runner: ShellRunner,
+    control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes
 ) -> None:
     nodes.add("node-0")
-    apply(control_plane, namespace, job("train", "sleep 60"))
+    item = {"path": "topology", "fieldRef": {"fieldPath": "metadata.annotations['topology']"}}
+    container = {
+        "env": [{"name": "FILE", "value": "/etc/pod/topology"}],
+        "volumeMounts": [{"name": "pod", "mountPath": "/etc/pod"}],
+    }
+    script = 'until grep --silent rack-1 "$FILE"; do sleep 0.1; done'
+    volumes = [{"name": "pod", "downwardAPI": {"items": [item]}}]
+    apply(control_plane, namespace, job("train", script, pod={"volumes": volumes}, container=container))
     (pod,) = wait_for(nodes.pods, message="the pod runs")
     control_plane.kubectl("-n", namespace, "annotate", "pod", pod.name, "topology=rack-1")
-    wait_for(
-        lambda: pod_runner.processes[pod.name].annotations.get("topology") == "rack-1",
-        message="the annotation arrives",
-    )
+    wait_for(lambda: "Complete" in job_condition(api, namespace, "train"), message="the pod reads the annotation")
 
 
 def test_deleted_pod_ends_within_its_grace(
@@ -247,24 +195,27 @@ def test_killed_pod_fails_with_137(control_plane: Cluster, api: BlockingApi, nam
     assert ended["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"] == 137
 
 
-@pytest.mark.parametrize("processes", ["killed", "running"])
-def test_lost_node_is_noticed_and_its_pods_stay(
-    control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes, processes: Any
+def test_lost_nodes_are_noticed_and_their_pods_stay(
+    control_plane: Cluster, api: BlockingApi, namespace: str, nodes: Nodes
 ) -> None:
-    nodes.add("dead", gpus=1)
+    nodes.add("without-power", "without-network", gpus=1)
     nodes.add("alive", gpus=0)
-    apply(control_plane, namespace, job("train", "exec sleep 60"))
-    wait_for(nodes.pods, message="the pod runs")
-    nodes.lose("dead", processes)
+    apply(control_plane, namespace, job("train", "exec sleep 60", completions=2))
+    wait_for(lambda: len(nodes.pods()) == 2, message="both pods run")
+    nodes.lose("without-power", processes="killed")
+    nodes.lose("without-network", processes="running")
 
-    def readiness() -> str:
-        conditions = api.get("/api/v1/nodes/dead")["status"]["conditions"]
-        return next(str(c["status"]) for c in conditions if c["type"] == "Ready")
+    def silent_nodes() -> list[str]:
+        return [
+            node["metadata"]["name"]
+            for node in api.list("/api/v1/nodes")
+            for condition in node["status"]["conditions"]
+            if condition["type"] == "Ready" and condition["status"] == "Unknown"
+        ]
 
-    wait_for(lambda: readiness() == "Unknown", message="the node is Unknown")
-    (pod,) = pods(api, namespace)
-    assert pod["status"]["phase"] == "Running"
-    assert len(nodes.pods()) == (1 if processes == "running" else 0)
+    wait_for(lambda: sorted(silent_nodes()) == ["without-network", "without-power"], message="both are Unknown")
+    assert [pod["status"]["phase"] for pod in pods(api, namespace)] == ["Running"] * 2
+    assert [pod.node for pod in nodes.pods()] == ["without-network"]
 
 
 def test_service_account_may_do_only_what_its_role_says(control_plane: Cluster, namespace: str, tmp_path: Path) -> None:
@@ -275,7 +226,13 @@ def test_service_account_may_do_only_what_its_role_says(control_plane: Cluster, 
     control_plane.kubectl("-n", namespace, "create", "role", "reader", "--verb=list", "--resource=pods")
     account = f"--serviceaccount={namespace}:reader"
     control_plane.kubectl("-n", namespace, "create", "rolebinding", "reader", "--role=reader", account)
-    assert control_plane.kubectl("get", "pods", kubeconfig=kubeconfig) == ""
+
+    def listed() -> bool:
+        with suppress(KubectlError):
+            return control_plane.kubectl("get", "pods", kubeconfig=kubeconfig) == ""
+        return False
+
+    wait_for(listed, message="the role is in force")
     with pytest.raises(KubectlError, match="cannot delete"):
         control_plane.kubectl("delete", "pods", "train-0", kubeconfig=kubeconfig)
 

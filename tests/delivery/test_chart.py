@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from pylon_operator import permissions
+from pylon_operator.commands.operator import command as operator_command
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "pylon"
@@ -96,6 +97,16 @@ def test_listed_namespaces_get_roles_and_the_cluster_only_nodes(render: Render) 
     assert all(grants(role) == grants_of(permissions.WORKLOADS) for role in jobs)
     (container,) = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"]
     assert {"--namespace=team-a", "--namespace=team-b"} <= set(container["args"])
+
+
+@pytest.mark.parametrize("values", [*VALUES, {"logFormat": "text", "pollSeconds": 1.5}])
+def test_operator_understands_its_command_line(render: Render, values: dict[str, Any]) -> None:
+    (deployment,) = of_kind(render(**values), "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["pylon", "operator"]
+    options = operator_command.make_context("operator", list(container["args"])).params
+    assert options["image"] == "pylon-trainer:0.1.0"
+    assert list(options["namespaces"]) == values.get("namespaces", [])
 
 
 @pytest.mark.parametrize("values", VALUES)

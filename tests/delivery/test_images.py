@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pylon_operator.resources import USER_ID
+
 ROOT = Path(__file__).parents[2]
 IMAGES = sorted((ROOT / "images").glob("*.Dockerfile"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -42,8 +44,8 @@ def test_base_is_pinned(image: Path) -> None:
 def test_runs_as_nobody(image: Path) -> None:
     stage = last_stage(image)
     users = [arguments for word, arguments in stage if word == "USER"]
-    assert users == ["65532:65532"]
-    assert "RUN" not in [word for word, _ in stage[stage.index(("USER", "65532:65532")) :]]
+    assert users == [f"{USER_ID}:{USER_ID}"]
+    assert "RUN" not in [word for word, _ in stage[stage.index(("USER", users[0])) :]]
 
 
 def test_what_is_copied_exists_and_is_not_ignored(image: Path) -> None:

@@ -115,6 +115,19 @@ def test_training() -> None:
     assert (training.step, training.loss, training.tokens_per_second) == (40, 2.5, 1e4)
 
 
+@pytest.mark.parametrize(
+    ("pod", "seconds"),
+    [
+        ({}, 60),
+        ({"phase": "Failed", "exit_code": 76, "finished_time": ago(1)}, 10),
+        ({"deletion_time": ago(20)}, 40),
+    ],
+)
+def test_looks_again_when_something_will_be_due(pod: dict[str, Any], seconds: float) -> None:
+    scene = Scene().recorded(attempt=1, attempt_job_uid="job-1").batch_job().pod(0).pod(1, **pod)
+    assert scene.decide().requeue_after_seconds == seconds
+
+
 def test_start_counts_from_when_all_pods_first_ran() -> None:
     scene = Scene().running().recorded(attempt_start_time=None)
     assert scene.decide().status.attempt_start_time == NOW
@@ -290,6 +303,26 @@ def test_suspend_asks_once_then_waits_then_stops() -> None:
     assert condition(stopping, ConditionType.SUSPENDED).status is ConditionStatus.FALSE
 
 
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene(suspend=True).recorded(attempt=1).batch_job(),
+        Scene(suspend=True).recorded(attempt=1).batch_job().pod(0).pod(1, phase="Pending"),
+        Scene(suspend=True, checkpoint_timeout_seconds=0).running().trainer(),
+    ],
+)
+def test_suspend_stops_at_once_where_there_is_nothing_to_save(scene: Scene) -> None:
+    decision = scene.decide()
+    assert deeds(decision) == []
+    assert (decision.status.attempt, running_reason(decision)) == (2, "Stopping")
+
+
+def test_suspend_right_after_the_operator_started_still_asks() -> None:
+    decision = Scene(suspend=True).running().recorded(checkpoint=a_checkpoint(40)).decide()
+    assert deeds(decision) == [RequestCheckpoint("10.0.1.0")]
+    assert decision.status.suspend_step == 41
+
+
 def test_suspend_taken_back_while_waiting() -> None:
     scene = Scene().running().recorded(suspend_requested_time=ago(5), suspend_step=40).trainer(step=44)
     decision = scene.decide()
@@ -352,6 +385,14 @@ def test_a_refusal_leaves_a_running_job_running(reason: Reason) -> None:
     running = condition(decision, ConditionType.RUNNING)
     assert (running.status, running.reason, running.message) == ("True", "Training", "no")
     assert decision.status.attempt == 1
+
+
+def test_a_refused_clean_up_leaves_the_verdict() -> None:
+    scene = Scene(active_deadline_seconds=60).running(seconds=60)
+    ended = scene.decide()
+    decision = refuse(scene.recorded(**dict(ended.status)).observed(), Refused(Reason.FORBIDDEN, "no"), NOW)
+    assert decision.status == ended.status
+    assert decision.requeue_after_seconds == 60
 
 
 def test_a_forbidden_job_is_tried_again() -> None:

@@ -1,7 +1,8 @@
 """A cluster in memory on a fake clock: API server, Job controller, kubelets and a trainer, as `reconcile` sees them.
 
-It may kill the operator before or after any one write, and it checks after every write and every tick what must hold at
-all times: never two live gangs, no attempt number skipped or used twice, no pod without its configuration.
+It may kill the operator before any one write, which is also after the write before it: a reconcile keeps nothing in
+memory. It checks after every write and every tick what must hold at all times: never two live gangs, no attempt number
+skipped or used twice, no pod without its configuration.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from operator_builders import NOW, UID, a_checkpoint, a_report
@@ -71,8 +72,8 @@ class SimulatedCluster:
     dead_nodes: set[str] = field(default_factory=set)
     """Nodes that confirm nothing any more."""
     interval_steps: int = 50
-    kill_at: tuple[int, str] | None = None
-    """Number of the write, and `before` or `after` it."""
+    kill_before_write: int | None = None
+    """Number of the write, from 0."""
     commits_on_request: bool = True
 
     now: datetime = NOW
@@ -82,6 +83,8 @@ class SimulatedCluster:
     events: list[EmitEvent] = field(default_factory=list)
     created: list[int] = field(default_factory=list)
     """Attempts for which a Job was made, in order."""
+    recorded: set[int] = field(default_factory=set)
+    """Attempts whose Job has been on record."""
     committed: int = 0
     requested: bool = False
     deleted: bool = False
@@ -131,6 +134,8 @@ class SimulatedCluster:
             # Through JSON, as over the wire: what does not survive it is lost.
             stored = PylonJobStatus.model_validate_json(status.model_dump_json(by_alias=True))
             assert stored == status
+            if stored.attempt_job_uid:
+                self.recorded.add(stored.attempt)
             version = str(int(self.job.metadata.resource_version or "0") + 1)
             metadata = self.job.metadata.model_copy(update={"resource_version": version})
             self.job = self.job.model_copy(update={"status": stored, "metadata": metadata})
@@ -175,7 +180,8 @@ class SimulatedCluster:
         """What must hold at all times."""
         live = {pod.job_uid for gang in self.gangs for pod in gang.pods.values() if not pod.terminal}
         assert len(live) <= 1, f"two live gangs: {live}"
-        assert self.created == list(range(1, len(self.created) + 1)), f"attempts created: {self.created}"
+        numbers = sorted(set(self.created))
+        assert numbers == list(range(1, len(numbers) + 1)), f"attempts created: {self.created}"
         for gang in self.gangs:
             if gang.view.name:
                 missing = {"Service", "ConfigMap", "Secret"} - self.children[gang.view.attempt]
@@ -184,17 +190,17 @@ class SimulatedCluster:
 
     def _write(self, change: Callable[[], Any]) -> None:
         number, self.writes = self.writes, self.writes + 1
-        if self.kill_at == (number, "before"):
+        if number == self.kill_before_write:
             raise OperatorKilled
         change()
         self.check()
-        if self.kill_at == (number, "after"):
-            raise OperatorKilled
 
     def _create_gang(self, attempt: int) -> None:
         name = f"{self.job.metadata.name}-a{attempt}"
         if any(gang.view.name == name for gang in self.gangs):
             return
+        # A Job that was deleted before it was ever on record leaves its number free.
+        assert attempt not in self.recorded, f"attempt {attempt} is made twice"
         uid = f"job-{next(self._uids)}"
         self.created.append(attempt)
         pods = {
@@ -307,20 +313,25 @@ async def live(
 
     An operator that is killed starts again `downtime_ticks` later.
     """
-    due = list(happenings)
-    down = 0
+    pending = list(happenings)
+    name, down = cluster.job.metadata.name, 0
+    due, last_seen = cluster.now, None
     for _ in range(ticks):
-        for happening in [happening for happening in due if happening[0](cluster)]:
-            due.remove(happening)
+        for happening in [happening for happening in pending if happening[0](cluster)]:
+            pending.remove(happening)
             happening[1](cluster)
-        while not down:
+        # As watch events and polls do: only a change, or the time asked for, leads to another look.
+        seen = await cluster.observe("team", name)
+        while not down and (cluster.now >= due or seen != last_seen):
+            last_seen = seen
             try:
-                wait = await reconcile(cluster, "team", cluster.job.metadata.name, cluster.now)
+                wait = await reconcile(cluster, "team", name, cluster.now)
             except OperatorKilled:
-                down = downtime_ticks
+                down, due = downtime_ticks, cluster.now
                 continue
-            if wait is None and not due:
+            if wait is None and not pending:
                 return cluster
+            due = cluster.now + timedelta(seconds=wait) if wait is not None else datetime.max.replace(tzinfo=UTC)
             break
         down = max(0, down - 1)
         cluster.tick()

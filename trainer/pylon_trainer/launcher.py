@@ -1,15 +1,17 @@
 """Process 1 of a trainer's pod: `python -m pylon_trainer.launcher`.
 
-Refuses a bad configuration within a second, waits for what the pod needs, runs the workers under torch's elastic agent
-with a static rendezvous, and ends with the exit code and termination message of the worker that failed first.
-(Plain torchrun ends with 1 whatever its workers said.) It never restarts a worker: the operator restarts whole gangs.
+Refuses a bad configuration within a second, waits for what the pod needs, runs the workers, and ends with the exit code
+and termination message of the one that failed first. It never restarts a worker: the operator restarts whole gangs.
+
+It speaks torchrun's variables (PET_*) but is not built on torch's elastic agent: with a static rendezvous and no
+restarts little of the agent is left, it hides the workers' codes after a signal, closes them after a fixed 30 s, and
+keeps torch loaded in a process that needs none of it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -22,16 +24,14 @@ from pylon_trainer import report
 from pylon_trainer.configuration import read_config
 from pylon_trainer.errors import ConfigError, PeerLost, TrainerError
 from pylon_trainer.runtime.environment import Environment, integer
-from pylon_trainer.runtime.signals import STOP_SIGNALS, listen
+from pylon_trainer.runtime.processes import Exit, ranks_of, run_workers
+from pylon_trainer.runtime.signals import StopFlag
 
 TOPOLOGY_WAIT_SECONDS = 60
 """The operator annotates a pod seconds after it was scheduled; without a map, every node is a domain of its own."""
 
 NAME_WAIT_SECONDS = 300
 """A headless Service's record for pod 0 appears when that pod has an address."""
-
-RENDEZVOUS_SECONDS = 1800
-"""Longest wait for the other pods of the gang: some pull large images first."""
 
 SHUTDOWN_MARGIN_SECONDS = 5
 """What the launcher keeps of the pod's grace to write its message once the workers have ended."""
@@ -54,99 +54,45 @@ def main() -> NoReturn:
 
 
 def _launch(environment: Environment, config: RunConfig) -> TerminationReport:
+    stop = StopFlag(at_once=lambda why: _leave(report.describe(ExitCode.STOPPED, why), environment))
     node_rank = integer("PET_NODE_RANK")
-    ranks = range(node_rank * config.processes_per_node, (node_rank + 1) * config.processes_per_node)
     if node_rank not in range(config.nodes):
         raise ConfigError(f"PET_NODE_RANK {node_rank} is not among the {config.nodes} nodes")
+    _clear_reports(environment, config, node_rank)
+    _wait_for_topology(environment, config)
+    master = os.environ.get("PET_MASTER_ADDR", "localhost"), integer("PET_MASTER_PORT", PORT_RENDEZVOUS)
+    _wait_for_name(master[0])
+    stop.defer()
+    grace = max(1, environment.grace_seconds - SHUTDOWN_MARGIN_SECONDS)
+    exits = run_workers(config, node_rank, master, stop, grace)
+    return _explain(environment, exits)
+
+
+def _explain(environment: Environment, exits: dict[int, Exit]) -> TerminationReport:
+    """The report of the worker that explains the pod, with the last status when rank 0 is among them."""
+    ends = [_worker_end(environment, rank, exit) for rank, exit in exits.items()]
+    failed = [end for end in ends if end.report.exit_code != 0]
+    cause = report.cause(failed) if failed else report.describe(ExitCode.SUCCEEDED, "")
+    final = next((end.report.final for end in ends if end.report.rank == 0), None)
+    return cause.model_copy(update={"final": final})
+
+
+def _worker_end(environment: Environment, rank: int, exit: Exit) -> report.WorkerEnd:
+    """What the worker said of its end; else what the kernel said of it."""
+    said = report.read(environment.worker_report(rank))
+    if said is not None and said.report.exit_code == exit.code:
+        return said
+    message = f"rank {rank} ended with {report.reason(exit.code)} and said nothing"
+    return report.WorkerEnd(exit.time, report.describe(exit.code, message, rank=rank))
+
+
+def _clear_reports(environment: Environment, config: RunConfig, node_rank: int) -> None:
     try:
         environment.scratch.mkdir(parents=True, exist_ok=True)
-        for rank in ranks:
+        for rank in ranks_of(config, node_rank):
             environment.worker_report(rank).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {environment.scratch}: {error.strerror}") from error
-    workers = _Workers(environment, config, node_rank)
-    listen(STOP_SIGNALS, workers.stop_unless_started)
-    _wait_for_topology(environment, config)
-    _wait_for_name(os.environ.get("PET_MASTER_ADDR", "localhost"))
-    failures = workers.run()
-    ends = [_worker_end(environment, rank, failures.get(rank)) for rank in ranks]
-    failed = [end for end in ends if end.report.exit_code != 0]
-    end = report.cause(failed) if failed else report.describe(ExitCode.SUCCEEDED, "")
-    first = report.read(environment.worker_report(0)) if node_rank == 0 else None
-    return end.model_copy(update={"final": first.report.final if first else None})
-
-
-class _Workers:
-    """This node's workers, under torch's agent."""
-
-    def __init__(self, environment: Environment, config: RunConfig, node_rank: int) -> None:
-        self._environment = environment
-        self._config = config
-        self._node_rank = node_rank
-
-    def run(self) -> dict[int, tuple[int, float]]:
-        """Start them, wait for all; exit code and time of those that failed, by global rank. Also after a signal."""
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
-        host, port = os.environ.get("PET_MASTER_ADDR", "localhost"), integer("PET_MASTER_PORT", PORT_RENDEZVOUS)
-        launch = LaunchConfig(
-            min_nodes=self._config.nodes,
-            max_nodes=self._config.nodes,
-            nproc_per_node=self._config.processes_per_node,
-            run_id=f"{self._config.uid}-{self._config.attempt}",
-            rdzv_backend="static",
-            rdzv_endpoint=f"{host}:{port}",
-            rdzv_configs={"rank": self._node_rank, "timeout": RENDEZVOUS_SECONDS},
-            logs_specs=DefaultLogsSpecs(log_dir=str(self._environment.scratch)),
-            max_restarts=0,
-            monitor_interval=0.1,
-            signals_to_handle="SIGTERM,SIGINT",
-            shutdown_timeout=max(1, self._environment.grace_seconds - SHUTDOWN_MARGIN_SECONDS),
-        )
-        try:
-            elastic_launch(launch, sys.executable)("-m", "pylon_trainer.worker")
-        except ChildFailedError as error:
-            first_rank = self._node_rank * self._config.processes_per_node
-            return {
-                first_rank + failure.local_rank: (_exit_code(failure.exitcode), float(failure.timestamp))
-                for failure in error.failures.values()
-            }
-        except SignalException:
-            return {}
-        except (RuntimeError, OSError) as error:
-            if "EADDRINUSE" in str(error):
-                raise ConfigError(f"port {port} (PET_MASTER_PORT) is in use on this machine") from error
-            raise PeerLost(f"the gang did not meet: {str(error).splitlines()[0]}") from error
-        return {}
-
-    def stop_unless_started(self, number: int) -> None:
-        """Leave at once on a signal that comes before the workers, which would catch it, have been started.
-
-        As process 1 nothing else would: the kernel ignores a signal that process 1 has no handler for, and the agent
-        installs its own only after the rendezvous.
-        """
-        if getattr(signal.getsignal(number), "__module__", "").startswith("torch."):
-            return
-        end = report.describe(ExitCode.STOPPED, "asked to stop before training began")
-        _leave(end, self._environment)
-
-
-def _worker_end(environment: Environment, rank: int, failure: tuple[int, float] | None) -> report.WorkerEnd:
-    """What the worker said, or what the kernel said of it: no word and no failure means it was killed for its delay."""
-    said = report.read(environment.worker_report(rank))
-    if said is not None:
-        return said
-    exit_code, ended = failure or (128 + signal.SIGKILL, time.time())
-    message = f"rank {rank} ended with {report.reason(exit_code)} and said nothing"
-    return report.WorkerEnd(ended, report.describe(exit_code, message, rank=rank))
-
-
-def _exit_code(status: int) -> int:
-    """A process's return code as a shell has it: 128 + signal when a signal ended it."""
-    return 128 - status if status < 0 else status
 
 
 def _wait_for_topology(environment: Environment, config: RunConfig) -> None:
@@ -179,6 +125,7 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _leave(end: TerminationReport, environment: Environment | None) -> NoReturn:
+    """Say why, and end at once; the kernel ends workers that are still there with us."""
     if end.exit_code != 0:
         rank = "" if end.rank is None else f" (rank {end.rank})"
         logger.error("%s%s: %s", end.reason, rank, end.message)

@@ -48,6 +48,7 @@ def train(config: RunConfig, world: World, board: Board, stop: StopFlag) -> None
         run = build(config, world, data)
         saver = Saver(run, board)
         saver.restore()
+        stop.defer()
         meter = Meter(world)
         held_out = data.held_out(training.evaluation.sequences)
         while run.step < run.total_steps:

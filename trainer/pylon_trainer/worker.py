@@ -52,13 +52,12 @@ def main() -> NoReturn:
     """Train, and leave with the exit code that says how it went."""
     die_with_parent()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-    stop = StopFlag()
-    stop.install()
     environment = Environment.read()
     config = read_config(environment.config_path)
     rank = int(os.environ["RANK"])
     board = Board(TrainerStatus(uid=config.uid, attempt=config.attempt))
     ending = Ending(environment, rank, board)
+    stop = StopFlag(at_once=lambda why: ending.leave(ExitCode.STOPPED, why))
     try:
         _run(config, environment, rank, board, stop, ending)
     except TrainerError as error:

@@ -12,8 +12,6 @@ import click
 from pylon_operator.logs import LogFormat, configure_logs
 from pylon_operator.serve import Options, default_namespace, serve
 
-DEFAULT_IMAGE = "ghcr.io/pylon-training/trainer:latest"
-
 
 @click.command("operator")
 @click.option(
@@ -22,7 +20,7 @@ DEFAULT_IMAGE = "ghcr.io/pylon-training/trainer:latest"
     help="Cluster to work on. Default: the pod's service account, else $KUBECONFIG or ~/.kube/config.",
 )
 @click.option("--namespace", "namespaces", multiple=True, help="Serve only this namespace; repeatable. Default: all.")
-@click.option("--image", default=DEFAULT_IMAGE, show_default=True, help="Trainer image of jobs that name none.")
+@click.option("--image", required=True, help="Trainer image of jobs that name none.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: off.")
 @click.option("--health-port", type=click.IntRange(0, 65535), default=8081, show_default=True, help="0: off.")
 @click.option(

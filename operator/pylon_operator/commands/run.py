@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,11 +24,20 @@ from pylon_operator.local.state import JobDirectory, StateError, admit, ended, j
 from pylon_operator.local.summary import exit_code, print_summary
 from pylon_operator.local.view import JsonView, LiveView, PlainView, View
 
+LOG_COLUMNS = 160
+"""Width of what is printed where there is no terminal."""
+
 
 class UserError(click.ClickException):
     """Something that only the user can mend; the exit code says so, as the trainer's does."""
 
     exit_code = int(ExitCode.BAD_CONFIG)
+
+
+class StorageFailure(click.ClickException):
+    """The job's own directory cannot be read or written."""
+
+    exit_code = int(ExitCode.STORAGE)
 
 
 @click.command("run")
@@ -44,10 +55,10 @@ def command(ctx: click.Context, file: Path, fresh: bool, output: str) -> None:
     """Run a job on this machine, or resume it.
 
     Ctrl-C saves a checkpoint and stops; a second one stops at once. Paths in the manifest are relative to the working
-    directory, which also keeps the job's state, in .pylon. Exit codes: 0 succeeded, 75 suspended, 65 and 78 a mistake
-    in the data or the manifest, 1 any other failure.
+    directory, which also keeps the job's state, in .pylon. Exit codes: 0 succeeded, 75 stopped, 65 and 78 a mistake in
+    the data or the manifest, 74 a full or unwritable disk, 1 any other failure.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     try:
         manifest = load_manifest(file)
         directory = job_directory(manifest, Path.cwd())
@@ -65,30 +76,32 @@ def command(ctx: click.Context, file: Path, fresh: bool, output: str) -> None:
         raise UserError("\n".join(error.problems)) from error
     except StateError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise StorageFailure(f"{error.filename or directory.path}: {error.strerror}") from error
 
 
 def _run(
     job: PylonJob, directory: JobDirectory, gpus: tuple[str, ...], console: Console, output: str, file: Path
 ) -> int:
-    again = f"pylon run {file}"
+    again, report = f"pylon run {file}", None
     if ended(job):
-        console.print(f"This job has ended before; `{again} --fresh` starts it anew.", highlight=False)
-        print_summary(console, job, None, directory, again)
-        return exit_code(job)
-    threads = threads_per_process(job.spec.world_size)
-    runner = PodRunner(
-        directory.logs,
-        environment={} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)},
-        gpus=gpus,
-        gpu_resource_name=job.spec.gpu_resource_name,
-    )
-    with _view(output, console) as view:
-        cluster = asyncio.run(_drive(job, directory, runner, view))
-    if output == "json":
-        click.echo(cluster.job.model_dump_json(by_alias=True, exclude_none=True))
+        click.echo(f"This job has ended before; `{again} --fresh` starts it anew.", err=True)
     else:
-        print_summary(console, cluster.job, cluster.report, directory, again)
-    return exit_code(cluster.job)
+        threads = threads_per_process(job.spec.world_size)
+        runner = PodRunner(
+            directory.logs,
+            environment={} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)},
+            gpus=gpus,
+            gpu_resource_name=job.spec.gpu_resource_name,
+        )
+        with _view(output, console) as view:
+            cluster = asyncio.run(_drive(job, directory, runner, view))
+        job, report = cluster.job, cluster.report
+    if output == "json":
+        click.echo(json.dumps(job.to_wire()))
+    else:
+        print_summary(console, job, report, directory, again)
+    return exit_code(job)
 
 
 async def _drive(job: PylonJob, directory: JobDirectory, runner: PodRunner, view: View) -> LocalCluster:

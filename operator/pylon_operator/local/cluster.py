@@ -72,12 +72,13 @@ class LocalCluster:
         self.job = job
         self.report: TrainerStatus | None = None
         """Last that was heard of the trainer, also when it has gone since."""
+        self.pods: list[LocalPod] = []
+        """Of the current attempt, and those of earlier ones that have not ended."""
         self._directory = directory
         self._runner = runner
         self._on_event = on_event
         # A run that was cut short leaves its Job on record; the pods died with it.
         self._attempt = recorded_attempt(job)
-        self._pods: list[LocalPod] = []
         self._missed_polls = 0
         self._token_key = os.urandom(32)
         self._changed = asyncio.Event()
@@ -93,10 +94,10 @@ class LocalCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._polling.cancel()
-        for pod in self._pods:
+        for pod in self.pods:
             pod.process.kill()
-        # Ends when every pod has, and raises what a watch of ours may have raised.
-        await self._watching.__aexit__(kind, error, trace)
+        # Ends when every pod has, and raises what a watch of ours may have raised; `error` goes its own way.
+        await self._watching.__aexit__(None, None, None)
         await self._session.close()
 
     # The Cluster protocol
@@ -109,12 +110,14 @@ class LocalCluster:
         return Observed(
             job=self.job,
             attempts=(self._attempt.view,) if self._attempt else (),
-            pods=tuple(pod.view() for pod in self._pods),
+            pods=tuple(pod.view() for pod in self.pods),
             trainer=self.report if self._missed_polls < MISSED_POLLS and self._speaks_now() else None,
         )
 
     async def apply(self, job: PylonJob, action: Action) -> None:
         """Does one action at once. Raises Refused when the pods cannot be started on this machine."""
+        if not isinstance(action, EmitEvent | RequestCheckpoint):
+            self._changed.set()  # as the watch event that follows a write
         match action:
             case CreateAttempt(attempt):
                 self._create(job, attempt)
@@ -184,7 +187,7 @@ class LocalCluster:
                 )
                 pod = LocalPod(process, view.uid, attempt, index)
                 self._attempt.pods.append(pod)
-                self._pods.append(pod)
+                self.pods.append(pod)
                 self._watching.create_task(self._watch(pod, self._attempt, grace_seconds(job.spec)))
         except PodError as error:
             self._delete(self._attempt, grace=0)
@@ -194,7 +197,7 @@ class LocalCluster:
         self._attempt = None
         for pod in attempt.pods:
             pod.stop(grace)
-        self._pods = [pod for pod in self._pods if pod.exit_code is None]
+        self.pods = [pod for pod in self.pods if pod.exit_code is None]
 
     async def _watch(self, pod: LocalPod, attempt: LocalAttempt, grace: float) -> None:
         code = await pod.process.wait()
@@ -202,7 +205,7 @@ class LocalCluster:
         if pod.index == 0:
             self._take_last_words(pod)
         if self._attempt is not attempt:
-            self._pods.remove(pod)
+            self.pods.remove(pod)
         elif code:
             attempt.view = attempt_ended(attempt.view, failed=True)
             for other in attempt.pods:
@@ -237,4 +240,4 @@ class LocalCluster:
         return bool(self.report and self._attempt and self.report.attempt == self._attempt.view.attempt)
 
     def _find(self, uid: str) -> list[LocalPod]:
-        return [pod for pod in self._pods if pod.uid == uid and pod.exit_code is None]
+        return [pod for pod in self.pods if pod.uid == uid and pod.exit_code is None]

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +25,21 @@ from typing import Any
 
 from pylon_api import names
 from pylon_operator.local import reaper
-from pylon_operator.local.volumes import Object, PodError, fill_volume, find_object, read_field, write_downward
+from pylon_operator.local.container import (
+    container_command,
+    container_environment,
+    localize,
+    map_port,
+    mount_paths,
+    trainer_container,
+)
+from pylon_operator.local.volumes import Object, PodError, fill_volume, write_downward
 
 TERMINATION_MESSAGE_BYTES = 4096
 LOG_TAIL_BYTES = 65536
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 NOT_INHERITED = re.compile(r"PYLON_|PET_|KUBERNETES_|MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$|CUDA_VISIBLE_DEVICES$")
 """Environment of the runner that would be mistaken for the pod's own."""
-_REFERENCE = re.compile(r"\$(?:\$|\(([A-Za-z_][-A-Za-z0-9_.]*)\))")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class PodRunner:
                 **self.environment,
                 **own,
                 "CUDA_VISIBLE_DEVICES": ",".join(devices),
+                "HOME": str(Path.home()),  # the user's, where stores look for credentials and compilers cache
                 "TMPDIR": str(directory / "tmp"),
                 names.ENV_TERMINATION_LOG: str(message),
                 names.ENV_STATUS_HOST: address,
@@ -192,85 +200,3 @@ class PodProcess:
             for source in volume.get("projected", {}).get("sources", [volume]):
                 if "downwardAPI" in source and self.alive:
                     write_downward(self._volumes[volume["name"]], source, self.pod, self._address)
-
-
-def trainer_container(pod: Object) -> Object:
-    """The container that trains, or the first of a pod that is not ours."""
-    containers: list[Object] = pod["spec"]["containers"]
-    return next((each for each in containers if each["name"] == names.CONTAINER), containers[0])
-
-
-def mount_paths(container: Object, volumes: Mapping[str, Path]) -> dict[str, Path]:
-    """Where each mount path of the container lies on this machine."""
-    return {
-        mount["mountPath"].rstrip("/"): volumes[mount["name"]] / mount.get("subPath", "")
-        for mount in container.get("volumeMounts", [])
-    }
-
-
-def container_command(name: str, container: Object, environment: Mapping[str, str]) -> list[str]:
-    """The container's command line, with this Python in place of the image's."""
-    parts = [*container.get("command", []), *container.get("args", [])]
-    if not container.get("command"):
-        raise PodError(
-            f"pod {name}: container {container['name']!r} has no command, and there is no image to give it one"
-        )
-    command = [expand(part, environment) for part in parts]
-    return [sys.executable, *command[1:]] if command[0] in ("python", "python3") else command
-
-
-def container_environment(
-    container: Object,
-    pod: Object,
-    config_maps: Mapping[str, Object],
-    secrets: Mapping[str, Object],
-    address: str,
-) -> dict[str, str]:
-    """The container's env and envFrom with every reference resolved, in Kubernetes' order of precedence."""
-    found: dict[str, str] = {}
-    for source in container.get("envFrom", []):
-        if reference := source.get("configMapRef"):
-            entries = find_object(config_maps, "ConfigMap", reference)
-        else:
-            entries = find_object(secrets, "Secret", source["secretRef"])
-        found |= {source.get("prefix", "") + key: value.decode() for key, value in (entries or {}).items()}
-    for variable in container.get("env", []):
-        name, source = variable["name"], variable.get("valueFrom")
-        if source is None:
-            found[name] = expand(variable.get("value", ""), found)
-        elif "fieldRef" in source:
-            found[name] = read_field(pod, source["fieldRef"]["fieldPath"], address)
-        elif reference := source.get("configMapKeyRef") or source.get("secretKeyRef"):
-            kind, objects = ("ConfigMap", config_maps) if "configMapKeyRef" in source else ("Secret", secrets)
-            entries = find_object(objects, kind, reference) or {}
-            if reference["key"] in entries:
-                found[name] = entries[reference["key"]].decode()
-            elif not reference.get("optional"):
-                raise PodError(f"env {name}: {kind} {reference['name']!r} has no key {reference['key']!r}")
-        else:
-            raise PodError(f"env {name}: {next(iter(source))} is not supported locally")
-    return found
-
-
-def expand(text: str, environment: Mapping[str, str]) -> str:
-    """`$(NAME)` by its value, as Kubernetes does; unknown names stay, `$$` is a dollar."""
-    return _REFERENCE.sub(lambda found: environment.get(found[1], found[0]) if found[1] else "$", text)
-
-
-def localize(text: str, paths: Mapping[str, Path], hosts: Mapping[str, str]) -> str:
-    """A value or argument with the mount path that it begins with, or the DNS names in it, replaced; longest first."""
-    for path in _longest_first(paths):
-        if text == path or text.startswith(f"{path}/"):
-            return f"{paths[path]}{text[len(path) :]}"
-    for host in _longest_first(hosts):
-        text = re.sub(rf"(?<![-.\w]){re.escape(host)}(?![-.\w])", hosts[host], text)
-    return text
-
-
-def map_port(name: str, value: str, ports: Mapping[int, int]) -> str:
-    """A port number by the one to use instead, in variables that are named as a port."""
-    return str(ports.get(int(value), value)) if name.endswith("PORT") and value.isdigit() else value
-
-
-def _longest_first(keys: Iterable[str]) -> list[str]:
-    return sorted(keys, key=len, reverse=True)

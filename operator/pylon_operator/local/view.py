@@ -24,6 +24,7 @@ from pylon_operator.observation import EmitEvent
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
 REFRESHES_PER_SECOND = 4
+PANEL_COLUMNS = 100
 
 
 class View(Protocol):
@@ -61,19 +62,19 @@ class PlainView(_Lines):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._shown: TrainingProgress | None = None
+        self._shown: list[str] = []
         self._notices = 0
 
     def update(self, job: PylonJob, report: TrainerStatus | None) -> None:
-        """A line when training has moved, and one for each new notice."""
+        """A line when something new was measured, and one for each new notice."""
         for notice in report.notices[self._notices :] if report else []:
             self._print(f"Notice: {notice}")
         self._notices = len(report.notices) if report else 0
         training = job.status.training
-        if training and training.step and training != self._shown:
-            self._shown = training
-            checkpoint = f"  checkpoint {job.status.checkpoint.step}" if job.status.checkpoint else ""
-            self._print(f"step {training.step}/{training.total_steps}  {'  '.join(figures(training))}{checkpoint}")
+        news = measurements(training) if training else []
+        if training and news and news != self._shown:
+            self._shown = news
+            self._print(f"step {training.step}/{training.total_steps}  {'  '.join(figures(training))}")
 
     def event(self, event: EmitEvent) -> None:
         """A line."""
@@ -109,13 +110,13 @@ class LiveView:
     """A panel that is drawn again in place."""
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(
-            console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True, get_renderable=self._draw
-        )
         self._job: PylonJob | None = None
         self._report: TrainerStatus | None = None
         self._losses: list[tuple[int, float]] = []
         self._event: EmitEvent | None = None
+        self._live = Live(
+            console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True, get_renderable=self._draw
+        )
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -133,7 +134,8 @@ class LiveView:
         if training and training.loss is not None:
             # A restart begins at an earlier step: what was shown of the steps after it no longer holds.
             self._losses = [point for point in self._losses if point[0] < training.step]
-            self._losses.append((training.step, training.loss))
+            if not self._losses or self._losses[-1][1] != training.loss:
+                self._losses.append((training.step, training.loss))
 
     def event(self, event: EmitEvent) -> None:
         """Takes the news; the next refresh shows it."""
@@ -144,10 +146,9 @@ class LiveView:
         if job is None:
             return Text("starting ...", style="dim")
         training = job.status.training or TrainingProgress()
-        lines: list[RenderableType] = [
-            progress_line(training, self._report, job),
-            Text("   ").join(map(Text, figures(training))),
-        ]
+        lines: list[RenderableType] = [progress_line(training, self._report, job)]
+        if known := figures(training):
+            lines.append(Text("   ".join(known)))
         if len(self._losses) > 1:
             first, last = self._losses[0][1], self._losses[-1][1]
             drawn = sparkline([loss for _, loss in self._losses], SPARKLINE_WIDTH)
@@ -155,11 +156,20 @@ class LiveView:
         lines.append(Text(standing(job), style="dim"))
         if self._event:
             style = "yellow" if self._event.type == "Warning" else "dim"
-            lines.append(Text(f"{self._event.reason}: {self._event.message}", style=style, overflow="ellipsis"))
+            lines.append(
+                Text(f"{self._event.reason}: {self._event.message}", style=style, no_wrap=True, overflow="ellipsis")
+            )
         lines += [Text(f"! {notice}", style="yellow") for notice in (self._report.notices[-2:] if self._report else [])]
         hint = "Ctrl-C again stops at once" if job.spec.suspend else "Ctrl-C saves a checkpoint and stops"
         title = f"[bold]{escape(job.metadata.namespace)}/{escape(job.metadata.name)}[/]  {phase(job, self._report)}"
-        return Panel(Group(*lines), title=title, title_align="left", subtitle=f"[dim]{hint}[/]", subtitle_align="left")
+        return Panel(
+            Group(*lines),
+            title=title,
+            title_align="left",
+            subtitle=f"[dim]{hint}[/]",
+            subtitle_align="left",
+            width=min(self._live.console.width - 4, PANEL_COLUMNS),  # the terminal's own ^C must not break the line
+        )
 
 
 def progress_line(training: TrainingProgress, report: TrainerStatus | None, job: PylonJob) -> Table:
@@ -181,13 +191,17 @@ def remaining(training: TrainingProgress, report: TrainerStatus | None) -> timed
 
 
 def figures(training: TrainingProgress) -> list[str]:
-    """Loss, speed and the rest, as far as they are known."""
+    """Loss, speed and tokens, as far as they are known."""
+    return measurements(training) + ([f"{count(training.tokens)} tokens"] if training.tokens else [])
+
+
+def measurements(training: TrainingProgress) -> list[str]:
+    """What the trainer measures once in an interval."""
     values = [
         ("loss {:.3f}", training.loss),
         ("held-out {:.3f}", training.held_out_loss),
         ("{} tokens/s", None if training.tokens_per_second is None else count(training.tokens_per_second)),
         ("ratio {:.0%}", training.token_ratio),
-        ("{} tokens", count(training.tokens) if training.tokens else None),
     ]
     return [form.format(value) for form, value in values if value is not None]
 

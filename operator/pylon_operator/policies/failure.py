@@ -46,7 +46,7 @@ def find_failure(s: Situation) -> Failure | None:
     """How the current attempt failed, or None while it lives or has not been heard out."""
     if s.current is None or s.current.deleting:
         return _failure(s, Reason.JOB_DELETED, messages.JOB_DELETED) if s.status.attempt_job_uid else None
-    failed = [pod for pod in s.pods if pod.phase == "Failed" or is_stuck(pod, s.now)]
+    failed = [pod for pod in s.pods if pod.failed or is_stuck(pod, s.now)]
     if failed:
         return _explain(s, _cause(failed)) if _settled(s, failed) else None
     if s.current.failed:
@@ -68,7 +68,7 @@ def judge(failure: Failure, policy: FailurePolicy) -> FailureAction:
 
 def _settled(s: Situation, failed: Sequence[PodView]) -> bool:
     first = min((pod.finished_time for pod in failed if pod.finished_time), default=None)
-    heard_out = all(pod.terminal or is_stuck(pod, s.now) for pod in s.pods)
+    heard_out = all(pod.terminal or pod.failed or is_stuck(pod, s.now) for pod in s.pods)
     return heard_out or first is None or s.now >= first + SETTLE
 
 
@@ -83,7 +83,7 @@ def _cause(failed: Sequence[PodView]) -> PodView:
 
 def _explain(s: Situation, pod: PodView) -> Failure:
     report = termination_report(pod)
-    if not pod.terminal:
+    if not pod.failed:
         return _failure(s, Reason.NODE_LOST, messages.node_lost(pod.node), pod)
     if pod.reason in POD_REASONS:
         reason: str = POD_REASONS[pod.reason]

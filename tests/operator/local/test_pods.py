@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from pylon_api import names
-from pylon_operator.local.pods import PodProcess, PodRunner, expand, localize
+from pylon_operator.local.container import expand, localize
+from pylon_operator.local.pods import PodProcess, PodRunner
 from pylon_operator.local.volumes import PodError
 
 Start = Callable[..., PodProcess]

@@ -66,6 +66,12 @@ def test_step_comes_from_rank_zeros_last_words() -> None:
     assert (found.record.pod, found.record.step) == ("demo-a1-1", 83)
 
 
+def test_a_sidecar_does_not_hide_a_failed_trainer() -> None:
+    found = cause(Scene(nodes=1).recorded(attempt=1).batch_job().pod(0, exit_code=70, finished_time=ago(3)))
+    assert found is not None
+    assert found.record.reason == "Internal"
+
+
 @pytest.mark.parametrize(
     ("finished_seconds_ago", "other", "explained"),
     [
@@ -73,6 +79,7 @@ def test_step_comes_from_rank_zeros_last_words() -> None:
         (10, {"phase": "Running"}, True),
         (3, {"phase": "Failed", "exit_code": 76, "finished_time": ago(2)}, True),
         (3, {"phase": "Succeeded"}, True),
+        (3, {"phase": "Running", "exit_code": 76}, True),
     ],
 )
 def test_waits_a_little_for_the_others_to_speak(

@@ -9,14 +9,14 @@ from operator_builders import NOW, a_checkpoint, a_job, a_trainer, ago
 
 from pylon_api.job import PylonJobStatus
 from pylon_api.run import TrainerPhase, TrainerStatus
-from pylon_operator.policies.suspension import Move, next_move
+from pylon_operator.policies.suspension import Move, next_move, step_to_save
 
 
 @pytest.mark.parametrize(
     ("spec", "trainer", "move"),
     [
         ({}, a_trainer(), Move.ASK),
-        ({}, None, Move.STOP),
+        ({}, None, Move.ASK),
         ({}, a_trainer(phase=TrainerPhase.STARTING), Move.STOP),
         ({}, a_trainer(phase=TrainerPhase.RESTORING), Move.STOP),
         ({"checkpoint_timeout_seconds": 0}, a_trainer(), Move.STOP),
@@ -37,7 +37,9 @@ def test_asks_only_for_what_is_worth_saving(spec: dict[str, Any], trainer: Train
         (42, a_trainer(step=45), 120, Move.STOP),
         (30, a_trainer(step=45), 119, Move.WAIT),
         (30, a_trainer(step=45), 120, Move.STOP_UNSAVED),
-        (30, None, 1, Move.STOP_UNSAVED),
+        (30, None, 29, Move.WAIT),
+        (30, None, 30, Move.STOP_UNSAVED),
+        (30, a_trainer(phase=TrainerPhase.RESTORING), 1, Move.STOP),
         (40, None, 1, Move.STOP),
     ],
 )
@@ -50,3 +52,14 @@ def test_waits_for_the_commit_within_bounds(
         checkpoint=a_checkpoint(committed) if committed else None,
     )
     assert next_move(a_job(checkpoint_timeout_seconds=120).spec, status, trainer, NOW) is move
+
+
+@pytest.mark.parametrize(
+    ("trainer", "committed", "step"),
+    [(a_trainer(step=45), 40, 45), (None, 40, 41), (None, None, 0)],
+)
+def test_what_is_asked_for_is_newer_than_what_is_saved(
+    trainer: TrainerStatus | None, committed: int | None, step: int
+) -> None:
+    status = PylonJobStatus(checkpoint=a_checkpoint(committed) if committed else None)
+    assert step_to_save(status, trainer) == step

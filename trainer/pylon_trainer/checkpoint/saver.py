@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pylon_api.run import CheckpointReport, TrainerPhase
 from pylon_trainer.checkpoint.checkpointer import Checkpointer, open_other
-from pylon_trainer.checkpoint.format import checksum
 from pylon_trainer.checkpoint.storage import Storage
+from pylon_trainer.data import merge_states
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.seeds import load_rng_state, rng_state
@@ -60,8 +60,9 @@ class Saver:
         ranks = run.world.gather(own)
         if self._checkpointer is not None:
             report = self._checkpointer.save(run.step, _state(run, ranks))
-            self._board.saved(report)
             logger.info(f"step={run.step} checkpoint={report.uri} bytes={report.size_bytes}")
+        # Nobody goes on, or leaves, before the commit.
+        self._board.saved(run.world.broadcast(report if run.world.rank == 0 else None))
         self._saved_step = run.step
         self._board.update(phase=phase)
 
@@ -128,7 +129,7 @@ def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "model": _tensors(run.model),
         "optimizer": run.optimizer.state_dict(),
         "gate": run.training_step.state_dict(),
-        "data": run.data.merge_states([rank["data"] for rank in ranks]),
+        "data": merge_states([rank["data"] for rank in ranks]),
         "rng": {str(number): rank["rng"] for number, rank in enumerate(ranks)},
         "position": {"step": run.step, "tokens": run.tokens},
         "identity": _identity(run),
@@ -141,7 +142,7 @@ def _identity(run: Run) -> dict[str, Any]:
     data = training.data.model_copy(update={"prefetch_batches": 0}).to_wire()  # reading ahead moves no position
     return {
         "model": training.model.to_wire(),
-        "tokenizer": checksum(run.data.tokenizer.to_json().encode()),
+        "tokenizer": run.data.tokenizer.fingerprint,
         "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
     }
 

@@ -21,7 +21,9 @@ from pylon_trainer.errors import ConfigError, StorageError, TrainerError
 RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Waits between tries: a store that is busy or a connection that broke is usually back within seconds."""
 
-_FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+_FINAL = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+)
 """Errors of a disk that no retry mends."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
@@ -37,7 +39,7 @@ class Storage:
         """ConfigError when the URI's scheme is unknown or its client is not installed."""
         self.uri = uri.rstrip("/")
         self._sleep = sleep
-        self._fs, self._root = _open(self.uri)
+        self._fs, self._root = open_store(self.uri)
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def write(self, path: str, data: bytes) -> None:
@@ -82,9 +84,9 @@ class Storage:
         for delay in (*RETRY_DELAYS_SECONDS, None):
             try:
                 return operation()
-            except FileNotFoundError:
-                raise
             except Exception as error:  # every store brings exceptions of its own; each is translated, none swallowed
+                if isinstance(error, FileNotFoundError) and verb != "write":
+                    raise
                 failure = _translated(error, verb, uri)
                 if delay is None or _is_final(error):
                     raise failure from error
@@ -92,7 +94,8 @@ class Storage:
         raise AssertionError("the last try returns or raises")
 
 
-def _open(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_store(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system behind a URI, and the path in it. ConfigError as Storage has it."""
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     try:
         fs, root = fsspec.core.url_to_fs(uri)

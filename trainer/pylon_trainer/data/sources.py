@@ -14,24 +14,13 @@ from pathlib import Path
 from typing import IO
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pylon_trainer.checkpoint.storage import open_store
 from pylon_trainer.errors import ConfigError, DataError, StorageError
 
 STANDARD_LIBRARY = "python://stdlib/"
 NOT_STANDARD = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "config"})
-
-EXTRAS = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-}
-"""Which extra of Pylon brings the module for a scheme."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +107,10 @@ def _standard_library(glob: str, field: str) -> list[File]:
 
 
 def _resolve(uri: str, field: str) -> tuple[AbstractFileSystem, str]:
-    scheme = uri.split("://")[0] if "://" in uri else "file"
     try:
-        filesystem, path = url_to_fs(uri)
-    except ImportError as error:
-        extra = EXTRAS.get(scheme)
-        fix = f"pip install 'pylon-training[{extra}]'" if extra else str(error)
-        raise ConfigError(f"{field}: {uri} needs a module that is not installed: {fix}") from error
-    except ValueError as error:
-        if "rotocol not known" in str(error):
-            raise ConfigError(f"{field}: {uri} has the unknown scheme {scheme}://") from error
-        raise ConfigError(f"{field}: {uri} cannot be used: {_one_line(error)}") from error
-    return filesystem, path
+        return open_store(uri)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 @contextmanager

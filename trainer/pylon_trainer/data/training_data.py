@@ -22,6 +22,9 @@ from pylon_trainer.data.tokenizer import Tokenizer, load_tokenizer
 from pylon_trainer.errors import ConfigError, DataError
 from pylon_trainer.step import Batch
 
+HELD_OUT_SEED = 0
+"""Order of held-out documents: mixed, and the same whatever the seed of training."""
+
 
 def open_data(spec: DataSpec, *, seed: int, rank: int, world_size: int, global_sequences: int) -> TrainingData:
     """The data of one rank. Lists files and reads the tokenizer, but no text yet.
@@ -43,9 +46,9 @@ def open_data(spec: DataSpec, *, seed: int, rank: int, world_size: int, global_s
         )
     if spec.held_out:
         others = cut(list_files(spec.held_out, "training.data.heldOut"), spec.format)
-        held_out = Corpus(others, spec.text_field, lambda _: True, None)
+        held_out = Corpus(others, spec.text_field, lambda _: True, HELD_OUT_SEED)
     else:
-        held_out = Corpus(pieces if spec.held_out_fraction else [], spec.text_field, held, None)
+        held_out = Corpus(pieces if spec.held_out_fraction else [], spec.text_field, held, HELD_OUT_SEED)
     share = global_sequences // world_size
     lanes = range(rank * share, (rank + 1) * share)
     return TrainingData(spec, tokenizer, train, held_out, lanes, global_sequences)

@@ -60,7 +60,7 @@ class PlainStep:
         labels_N = batch.labels_BT.flatten()
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
         loss_sum, gradient_ND = self._head_backward(hidden_ND.detach(), labels_N, weights_N, global_tokens)
-        hidden_ND.backward(gradient_ND)
+        _send_back(hidden_ND, gradient_ND)
         tokens = (labels_N != IGNORED).sum()
         return StepResult(loss_sum, tokens, tokens)
 
@@ -158,7 +158,7 @@ class GatedStep(PlainStep):
         losses_N, scores_N = self._judge(hidden_ND.detach(), labels_N, [losses, SCORES[self._gating.strategy]])
         rows_K, weights_K = self._select(scores_N, labels_N != IGNORED, math.ceil(ratio * len(labels_N)))
         _, gradient_KD = self._head_backward(hidden_ND.detach()[rows_K], labels_N[rows_K], weights_K, global_tokens)
-        hidden_ND.backward(torch.zeros_like(hidden_ND).index_add_(0, rows_K, gradient_KD))
+        _send_back(hidden_ND, torch.zeros_like(hidden_ND).index_add_(0, rows_K, gradient_KD))
         tokens = (labels_N != IGNORED).sum()
         return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)))
 
@@ -171,6 +171,12 @@ class GatedStep(PlainStep):
             generator = torch.Generator(self._device).manual_seed(int(draws.integers(2**62)))
             scores_N = torch.rand(len(scores_N), generator=generator, device=self._device)
         return top(scores_N, labelled_N, rows=rows)
+
+
+def _send_back(hidden_ND: Tensor, gradient_ND: Tensor) -> None:
+    """Backward through the blocks, bit for bit as `hidden_ND.backward(gradient_ND)`, which would first import sympy for
+    seconds (torch.autograd looks at the shape of a gradient that it is given)."""
+    (hidden_ND * gradient_ND).sum().backward()
 
 
 def token_ratio(gating: GatingSpec, step: int) -> float:

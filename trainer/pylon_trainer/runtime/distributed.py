@@ -98,13 +98,27 @@ def join_world(gpus_per_node: int) -> World:
     device = _choose_device(gpus_per_node, local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, _cores() // local_size))
-    with collective():
+    with collective(), _rendezvous_port():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+@contextmanager
+def _rendezvous_port() -> Iterator[None]:
+    """Rank 0 holds the rendezvous: a port that is taken is the machine's fault, no peer's."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} of the rendezvous is in use: end what listens there, "
+            f"or set PET_MASTER_PORT to another"
+        ) from error
 
 
 def leave_world() -> None:

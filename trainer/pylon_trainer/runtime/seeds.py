@@ -11,7 +11,8 @@ import torch
 def make_deterministic(device: torch.device) -> None:
     """Choose deterministic kernels; where CUDA has none for an operation it warns instead of failing."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # The same as use_deterministic_algorithms, which also imports the whole of Inductor: seconds that few runs need.
+    torch.set_deterministic_debug_mode("warn" if device.type == "cuda" else "error")
     # Filling every new tensor finds reads of uninitialised memory, which is a test's business, and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -39,24 +39,34 @@ def listen(signals: Iterable[signal.Signals], heard: Callable[[int], None]) -> N
 
 
 class StopFlag:
-    """Set by the first SIGTERM or SIGINT; the second one ends the process at once, as the signal would have."""
+    """Set by SIGTERM or SIGINT, for someone who will stop at the next good moment.
 
-    def __init__(self) -> None:
+    Until `defer` says that there is such a someone, and when asked a second time, `at_once` is called instead.
+    """
+
+    def __init__(self, at_once: Callable[[str], object]) -> None:
+        """Begin to listen; at_once(why) should not return. Main thread only."""
+        self._at_once = at_once
+        self._deferred = False
         self._first_time: float | None = None
+        listen(STOP_SIGNALS, self._hear)
 
-    def install(self) -> None:
-        """Begin to listen. Main thread only."""
-        listen(STOP_SIGNALS, self.hear)
-
-    def hear(self, number: int) -> None:
-        now = time.monotonic()
-        if self._first_time is None:
-            self._first_time = now
-        elif now - self._first_time > _SAME_REQUEST_SECONDS:
-            os._exit(128 + number)
+    def defer(self) -> None:
+        """From now on the first signal only sets the flag."""
+        self._deferred = True
 
     def is_set(self) -> bool:
+        """Whether someone asked to stop."""
         return self._first_time is not None
+
+    def _hear(self, _: int) -> None:
+        now = time.monotonic()
+        if not self._deferred:
+            self._at_once("asked to stop before training began")
+        elif self._first_time is None:
+            self._first_time = now
+        elif now - self._first_time > _SAME_REQUEST_SECONDS:
+            self._at_once("asked to stop twice: left without saving")
 
 
 def die_with_parent() -> None:

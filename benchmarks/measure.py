@@ -1,0 +1,66 @@
+"""What the kernel benchmarks share: timing on the device, the ceiling of its memory, and the file of results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.testing import do_bench
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def milliseconds(function: Callable[[], object], repeat_ms: int = 200) -> float:
+    """Median device time of a call, L2 flushed before each, after warm-up and compilation."""
+    return float(do_bench(function, warmup=25, rep=repeat_ms, return_mode="median"))
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Device memory that a call needs beyond what is allocated when it starts."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bytes_per_s() -> float:
+    """Ceiling of the device's memory: bytes read plus bytes written by a copy of 4 GiB."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source)) / 1e3)
+
+
+def publish(name: str, rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
+    """Print the rows as a table and write them with their environment to `<directory>/<name>.json`."""
+    environment = {
+        "device": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton"),
+        "timing": "median of repeated calls, L2 flushed before each",
+    }
+    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+
+
+def results_directory(description: str) -> Path:
+    """The command line: where results go."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON file")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here; this benchmark measures device kernels")
+    directory: Path = parser.parse_args().results
+    return directory

@@ -1,0 +1,221 @@
+"""Steps give the gradients that a dense, masked and weighted loss gives, and say truly what they did."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pylon_api.training import DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
+from pylon_trainer.gating import build_step
+from pylon_trainer.gating import step as step_module
+from pylon_trainer.gating.step import GatedStep, token_ratio
+from pylon_trainer.models import Transformer, build_model
+from pylon_trainer.step import IGNORED, Batch, StepResult, TrainingStep
+
+VOCABULARY = 61
+CPU = torch.device("cpu")
+SCORED = ["GradientNorm", "Entropy", "Loss", "Margin", "Random"]
+
+
+def model_of(**fields: object) -> Transformer:
+    torch.manual_seed(0)
+    spec = {"layers": 2, "hidden_size": 32, "heads": 2, "intermediate_size": 48, "initializer_std": 0.2}
+    return build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)
+
+
+def step_of(model: Transformer, precision: Precision = Precision.FLOAT32, **gating: object) -> TrainingStep:
+    training = TrainingSpec(
+        data=DataSpec(train=["unused"]),
+        schedule=ScheduleSpec(steps=10),
+        precision=precision,
+        gating=GatingSpec.model_validate(gating),
+        seed=3,
+    )
+    return build_step(model, training, CPU)
+
+
+def batch_of(sequences: int = 3, length: int = 15, ignored: int = 4, seed: int = 0) -> Batch:
+    """Random tokens; the first `ignored` labels of each sequence are left out."""
+    draws = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(0, VOCABULARY, (sequences, length), generator=draws)
+    labels_BT = torch.randint(0, VOCABULARY, (sequences, length), generator=draws)
+    labels_BT[:, :ignored] = IGNORED
+    return Batch(tokens_BT, labels_BT)
+
+
+def labelled(batch: Batch) -> int:
+    return int((batch.labels_BT != IGNORED).sum())
+
+
+def run(step: TrainingStep, batch: Batch, number: int = 5) -> tuple[StepResult, dict[str, Tensor]]:
+    """One pass; the result and the gradients it left."""
+    step.model.zero_grad()
+    result = step.forward_backward(batch, global_tokens=labelled(batch), step=number)
+    return result, gradients(step.model)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def dense(
+    model: Transformer, batch: Batch, weights_N: Tensor, precision: Precision
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reference: all logits at once, each token's loss times its weight, one backward pass."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.BFLOAT16):
+        logits_NV = model.head(model(batch.tokens_BT, batch.documents_BT)).flatten(0, 1).float()
+    losses_N = F.cross_entropy(logits_NV, batch.labels_BT.flatten(), ignore_index=IGNORED, reduction="none")
+    ((losses_N * weights_N).sum() / labelled(batch)).backward()
+    return losses_N.detach().sum(), gradients(model)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = (actual[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert difference < tolerance, name
+
+
+PRECISIONS = [(Precision.FLOAT32, 1e-5), (Precision.BFLOAT16, 2e-2)]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("model_fields", [{}, {"tie_embeddings": False}, {"embedding_rank": 8}])
+def test_plain_equals_dense(
+    model_fields: dict[str, object], precision: Precision, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "LOGITS_PER_CHUNK", 7 * VOCABULARY)  # 45 rows in chunks of 7
+    model, batch = model_of(**model_fields), batch_of()
+    result, actual = run(step_of(model, precision), batch)
+
+    loss_sum, expected = dense(model, batch, torch.ones(45), precision)
+    assert_same(actual, expected, tolerance)
+    assert result.loss_sum.item() == pytest.approx(loss_sum.item(), rel=1e-5)
+    assert int(result.tokens) == int(result.gated_tokens) == 33
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("selection", ["Sampled", "Top"])
+@pytest.mark.parametrize("strategy", SCORED)
+def test_gated_equals_dense_with_the_selected_weights(
+    strategy: str, selection: str, precision: Precision, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    model, batch = model_of(), batch_of()
+    step = step_of(model, precision, strategy=strategy, selection=selection, token_ratio=0.4)
+    assert isinstance(step, GatedStep)
+    seen = []
+    select = step._select
+
+    def remember(*arguments: object) -> object:
+        seen.append(select(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(step, "_select", remember)
+    result, actual = run(step, batch)
+
+    rows_K, weights_K = seen[0]
+    weights_N = torch.zeros(45).index_add(0, rows_K, weights_K)
+    loss_sum, expected = dense(model, batch, weights_N, precision)
+    assert_same(actual, expected, tolerance)
+    assert result.loss_sum.item() == pytest.approx(loss_sum.item(), rel=1e-5)  # of every token, gated or not
+    assert int(result.tokens) == 33
+    assert int(result.gated_tokens) == len(rows_K) == 18
+
+
+def test_sampled_gradients_are_unbiased() -> None:
+    """The mean over many steps' draws approaches the plain gradient; a biased gate would stay away from it."""
+    model, batch = model_of(layers=1), batch_of(sequences=2, length=12, ignored=0)
+    plain = flat(run(step_of(model), batch)[1])
+
+    def bias(selection: str, draws: int) -> float:
+        step = step_of(model, strategy="GradientNorm", selection=selection, token_ratio=0.25)
+        mean = torch.stack([flat(run(step, batch, number)[1]) for number in range(draws)]).mean(0)
+        return float((mean - plain).norm() / plain.norm())
+
+    assert bias("Sampled", 800) < 0.08  # falls as 1 / sqrt(draws)
+    assert bias("Top", 1) > 0.3
+
+
+def flat(named: dict[str, Tensor]) -> Tensor:
+    return torch.cat([named[name].flatten() for name in sorted(named)])
+
+
+@pytest.mark.parametrize("selection", ["Sampled", "Top"])
+def test_ratio_one_equals_plain(selection: str) -> None:
+    model, batch = model_of(), batch_of()
+    _, plain = run(step_of(model), batch)
+    result, gated = run(step_of(model, strategy="GradientNorm", selection=selection, token_ratio=1), batch)
+    assert_same(gated, plain, 1e-6)
+    assert int(result.gated_tokens) == int(result.tokens)
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    model, batch = model_of(), batch_of()
+    step = step_of(model)
+    _, whole = run(step, batch)
+    model.zero_grad()
+    results = [step.forward_backward(part, global_tokens=labelled(batch), step=5) for part in batch.split(1)]
+    assert_same(gradients(model), whole, 1e-5)
+    assert sum(int(result.tokens) for result in results) == 33
+
+
+def test_draws_follow_from_seed_and_step_alone() -> None:
+    model, batch = model_of(), batch_of()
+    gating = {"strategy": "Entropy", "token_ratio": 0.3}
+    first = step_of(model, **gating)
+    passes = {number: run(first, batch, number)[1] for number in (7, 8)}
+    _, resumed = run(step_of(model, **gating), batch, 8)
+
+    assert_same(resumed, passes[8], 1e-9)
+    assert not torch.equal(resumed["embedding.weight"], passes[7]["embedding.weight"])
+
+
+def test_micro_batches_of_a_step_are_drawn_differently() -> None:
+    model, batch = model_of(), batch_of()
+    step = step_of(model, strategy="Random", token_ratio=0.3)
+    first, second = run(step, batch, 7)[1], run(step, batch, 7)[1]
+    assert not torch.equal(first["embedding.weight"], second["embedding.weight"])
+
+
+@pytest.mark.parametrize("gating", [{}, {"strategy": "GradientNorm", "token_ratio": 0.5}])
+@pytest.mark.parametrize("precision", list(Precision))
+def test_a_batch_without_labels_gives_zero_and_no_nan(gating: dict[str, object], precision: Precision) -> None:
+    model = model_of()
+    batch = batch_of(sequences=1, ignored=15)
+    step = step_of(model, precision, **gating)
+    result = step.forward_backward(batch, global_tokens=0, step=0)
+    assert float(result.loss_sum) == int(result.tokens) == int(result.gated_tokens) == 0
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+def test_one_labelled_token() -> None:
+    model, batch = model_of(), batch_of(sequences=1, ignored=14)
+    _, plain = run(step_of(model), batch)
+    result, gated = run(step_of(model, strategy="Loss", token_ratio=0.1), batch)
+    assert_same(gated, plain, 1e-5)
+    assert int(result.gated_tokens) == 1
+
+
+def test_evaluation_leaves_no_gradient_and_agrees_with_training() -> None:
+    model, batch = model_of(), batch_of()
+    documents_BT = (torch.arange(15) // 6).int().expand(3, -1).contiguous()
+    batch = dataclasses.replace(batch, documents_BT=documents_BT)
+    step = step_of(model, strategy="Margin")
+    evaluated = step.evaluate(batch)
+    assert gradients(model) == {}
+    assert float(evaluated.loss_sum) == pytest.approx(float(run(step, batch)[0].loss_sum), rel=1e-5)
+
+
+def test_ratio_falls_over_the_warm_up_in_few_steps() -> None:
+    gating = GatingSpec(strategy="GradientNorm", token_ratio=0.3, warmup_steps=100)
+    ratios = [token_ratio(gating, step) for step in range(150)]
+    assert ratios[0] == 1
+    assert set(ratios[100:]) == {0.3}
+    assert ratios == sorted(ratios, reverse=True)
+    assert len(set(ratios)) <= 14

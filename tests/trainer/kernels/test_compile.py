@@ -1,0 +1,116 @@
+"""Every kernel compiles for an H200 (sm_90) on a machine without a GPU, and uses what it was written to use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pylon_trainer.step import IGNORED
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"),
+]
+POINTER_ALIGNMENT = [["tt.divisibility", 16]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compile_for_hopper(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4, stages: int = 3
+) -> str:
+    """PTX of the kernel: arguments not named in types or constants are int32."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): POINTER_ALIGNMENT for name, kind in types.items() if kind.startswith("*")},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
+    )
+    return str(compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize(("element", "per_load"), [("bf16", 8), ("fp16", 8), ("fp32", 4)])
+def test_scoring_loads_16_bytes_at_a_time(element: str, per_load: int) -> None:
+    from pylon_trainer.kernels.score import triton as score
+
+    ptx = compile_for_hopper(
+        score._score_kernel,
+        {"logits": f"*{element}", "labels_N": "*i64", "scores_6N": "*fp32", "nonfinite_rows": "*i32"},
+        {"IGNORED": IGNORED, "U": score.CHUNKS, "L": score.LANES, "E": per_load},
+        warps=score.WARPS,
+    )
+    assert ptx.count("ld.global.v4.b32") >= 3 * score.CHUNKS
+
+
+def test_head_multiplies_on_tensor_cores_fed_by_the_copy_engine() -> None:
+    from pylon_trainer.kernels.head import triton as head
+
+    tiling = head.TENSOR_CORES
+    ptx = compile_for_hopper(
+        head._head_kernel,
+        {
+            "hidden_NH": f"tensordesc<bf16[{tiling.rows},{tiling.depth}]>",
+            "weight_VH": f"tensordesc<bf16[{tiling.columns},{tiling.depth}]>",
+            "statistics_5SN": "*fp32",
+        },
+        {"M": tiling.rows, "C": tiling.columns, "D": tiling.depth, "RUN": tiling.run, "GROUP": tiling.group},
+        warps=tiling.warps,
+        stages=tiling.stages,
+    )
+    assert "wgmma.mma_async.sync.aligned.m64n256k16" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+
+
+def test_small_kernels_of_the_head_compile() -> None:
+    from pylon_trainer.kernels.head import triton as head
+
+    matrices = {"hidden_NH": "*bf16", "weight_VH": "*bf16", "labels_N": "*i64", "nonfinite_rows": "*i32"}
+    compile_for_hopper(
+        head._join_kernel,
+        {**matrices, "statistics_5SN": "*fp32", "scores_6N": "*fp32"},
+        {"IGNORED": IGNORED, "M": 16, "D": 128},
+    )
+    compile_for_hopper(
+        head._logit_gradient_kernel,
+        {"logits_KC": "*bf16", "logsumexp_K": "*fp32", "labels_K": "*i64", "weights_K": "*fp32"},
+        {"BLOCK": 2048},
+    )
+
+
+def test_bucketing_compiles() -> None:
+    from pylon_trainer.kernels.bucket import triton as bucket
+
+    scores, border = {"scores_N": "*fp32"}, {"prefix_B": "*i64", "border_B": "*i64", "missing_B": "*i32"}
+    counts = {"counts_BD": "*i32", "equals_BG": "*i32"}
+
+    def types(kernel: Any, more: Mapping[str, str]) -> dict[str, str]:
+        return {name: kind for name, kind in {**scores, **border, **counts, **more}.items() if name in kernel.arg_names}
+
+    for kernel, more, constants in (
+        (bucket._count_kernel, {}, {"SHIFT": 21, "D": 2048, "BLOCK": bucket.BLOCK}),
+        (bucket._descend_kernel, {}, {"D": 2048}),
+        (bucket._count_equals_kernel, {}, {"BLOCK": bucket.BLOCK}),
+        (
+            bucket._assign_kernel,
+            {"bucket_N": "*i32", "thresholds_B": "*fp32"},
+            {"B": 3, "G_PADDED": 16, "BLOCK": bucket.BLOCK},
+        ),
+    ):
+        compile_for_hopper(kernel, types(kernel, more), constants)

@@ -1,0 +1,98 @@
+"""Exports load in transformers with equal logits and ids, and are there whole or not at all; samples are repeatable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+import transformers
+
+from pylon_api.training import ModelSpec
+from pylon_trainer.checkpoint.storage import Storage
+from pylon_trainer.data.tokenizer import ByteTokenizer
+from pylon_trainer.errors import StorageError
+from pylon_trainer.export import export_hugging_face
+from pylon_trainer.models import Transformer, build_model
+from pylon_trainer.sampling import generate
+
+TEXT = "def grüße():\n    return 🎉"
+
+
+def model_of(**fields: object) -> Transformer:
+    torch.manual_seed(0)
+    spec = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48, "initializer_std": 0.2}
+    return build_model(ModelSpec.model_validate(spec | fields), vocab_size=257)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tie_embeddings": True, "kv_heads": 2},
+        {"tie_embeddings": False, "rope_theta": 700.0, "norm_epsilon": 1e-3},
+        {"embedding_rank": 8},
+        {"embedding_rank": 8, "tie_embeddings": False},
+    ],
+)
+def test_transformers_loads_it_with_equal_logits(tmp_path: Path, fields: dict[str, object]) -> None:
+    model = model_of(**fields)
+    export_hugging_face(model, ByteTokenizer(), f"{tmp_path}/export", sequence_length=64)
+
+    loaded, notes = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not notes["missing_keys"]
+    assert not notes["unexpected_keys"]
+    ids_BT = torch.randint(0, 257, (2, 19))
+    torch.testing.assert_close(loaded(ids_BT).logits, model.head(model(ids_BT)), rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_loads_the_tokenizer(tmp_path: Path) -> None:
+    export_hugging_face(model_of(), ByteTokenizer(), str(tmp_path), sequence_length=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(TEXT)["input_ids"] == list(TEXT.encode())
+    assert tokenizer.decode(list(TEXT.encode())) == TEXT
+    assert tokenizer.eos_token_id == 256
+
+
+@pytest.mark.parametrize("failing", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_failed_export_leaves_nothing(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Storage.write
+
+    def fill_the_disk(store: Storage, path: str, data: bytes) -> None:
+        if path == failing:
+            raise StorageError(f"cannot write {path}: no space left there")
+        write(store, path, data)
+
+    uri = f"memory://exports/{failing}"
+    export_hugging_face(model_of(), ByteTokenizer(), uri, sequence_length=64)
+    monkeypatch.setattr(Storage, "write", fill_the_disk)
+    with pytest.raises(StorageError, match="no space left"):
+        export_hugging_face(model_of(), ByteTokenizer(), uri, sequence_length=64)
+    assert fsspec.filesystem("memory").find(f"/exports/{failing}") == []
+
+
+def test_samples_follow_from_the_seed() -> None:
+    model, tokenizer = model_of(), ByteTokenizer()
+    first, again, other = (generate(model, tokenizer, "def ", 20, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first.startswith("def ")
+
+
+def test_temperature_zero_takes_the_most_probable_token() -> None:
+    model, tokenizer = model_of(vocab_size=300), ByteTokenizer()
+    text = generate(model, tokenizer, "x", 5, seed=0, temperature=0)
+    ids = [256, ord("x")]
+    for _ in range(5):
+        ids.append(int(model.head(model(torch.tensor([ids]))[0, -1])[:257].argmax()))
+    assert text == "x" + tokenizer.decode(ids[2:])
+
+
+def test_the_end_of_the_text_ends_the_sample() -> None:
+    model = model_of(tie_embeddings=False)
+    assert model.output is not None
+    with torch.no_grad():
+        model.norm.weight.zero_()  # every logit 0: the least id wins at temperature 0
+        model.output.weight.zero_()
+    tokenizer = ByteTokenizer()
+    tokenizer.end_of_text = 0
+    assert generate(model, tokenizer, "a", 10, seed=0, temperature=0) == "a"

@@ -1,0 +1,220 @@
+"""Runs of two ranks from start to end: results, resuming, stopping, numbers that go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gangs import run_gang, run_pod
+
+from pylon_api import names
+from pylon_api.names import ExitCode
+from pylon_api.run import TrainerPhase
+from pylon_trainer.gating.step import PlainStep
+from pylon_trainer.run import Run
+from pylon_trainer.runtime.signals import StopFlag
+from pylon_trainer.step import Batch, StepResult
+
+MakeConfig = Callable[..., dict[str, Any]]
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, act: Callable[[], object]) -> None:
+    """Have one rank do something just before its part of a step (from 1), while its peers go on."""
+    advance = Run.advance
+
+    def patched(run: Run, batch: Batch, global_tokens: int) -> Any:
+        if run.step + 1 == step and run.world.rank == rank:
+            act()
+        return advance(run, batch, global_tokens)
+
+    monkeypatch.setattr(Run, "advance", patched)
+
+
+def stop_pod_in_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int) -> None:
+    """Send SIGTERM to the launcher while a step is in progress, so that all agree on it in the next one."""
+    flags: list[StopFlag] = []
+    begin = StopFlag.__init__
+
+    def patched(self: StopFlag, at_once: Callable[[str], object]) -> None:
+        begin(self, at_once)
+        flags.append(self)
+
+    def act() -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+        while not flags[-1].is_set():
+            time.sleep(0.01)
+
+    monkeypatch.setattr(StopFlag, "__init__", patched)
+    before_step(monkeypatch, step, rank, act)
+
+
+def committed_steps(checkpoints: Path) -> list[int]:
+    return sorted(int(marker.parent.name.split("-")[1]) for marker in checkpoints.glob("step-*/COMMITTED"))
+
+
+def newest(checkpoints: Path, file: str) -> bytes:
+    return max(checkpoints.glob("step-*/COMMITTED")).with_name(file).read_bytes()
+
+
+def test_a_run_trains_evaluates_saves_samples_and_exports(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path
+) -> None:
+    config = make_config(
+        schedule={"steps": 30},
+        evaluation={"samplePrompt": "Document ", "sampleTokens": 5},
+        export={"format": "HuggingFace"},
+    )
+    exit_code, pod = run_pod(tmp_path, config)
+    final = pod.final
+    assert (exit_code, final.phase, final.step, final.total_steps) == (0, TrainerPhase.FINISHED, 30, 30), pod.log
+    assert final.tokens == 30 * 4 * 16
+    losses = {step: float(loss) for step, loss in pod.values("loss").items()}
+    assert sorted(losses) == list(range(1, 31))
+    assert losses[30] < losses[1] - 1
+    assert final.loss == pytest.approx(losses[30], abs=1e-6)
+    assert final.held_out_loss == pytest.approx(float(pod.values("held_out_loss")[30]), abs=1e-6)
+    assert final.checkpoint is not None
+    assert final.checkpoint.step == 30
+    assert committed_steps(checkpoints) == [27, 30]
+    assert final.sample is not None
+    assert final.sample.startswith("Document ")
+    assert final.export_uri == f"{checkpoints}/export"
+    assert (checkpoints / "export" / "config.json").is_file()
+    first_line = pod.log.splitlines()[0]
+    assert re.fullmatch(r"step=1 loss=\S+ tokens_per_second=\d+ learning_rate=5.000e-03 gradient_norm=\S+", first_line)
+
+
+@pytest.mark.parametrize("gating", [{}, {"strategy": "GradientNorm", "tokenRatio": 0.5}])
+def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gating: dict[str, Any],
+) -> None:
+    exit_code, whole = run_pod(tmp_path / "whole", make_config(gating=gating))
+    assert exit_code == 0, whole.log
+    weights, moments = newest(checkpoints, "model.safetensors"), newest(checkpoints, "optimizer.safetensors")
+    checkpoints.rename(tmp_path / "kept")
+
+    with monkeypatch.context() as patch:
+        stop_pod_in_step(patch, step=4, rank=1)
+        exit_code, first = run_pod(tmp_path / "parts", make_config(gating=gating))
+    assert exit_code == ExitCode.STOPPED, first.log
+    assert committed_steps(checkpoints) == [3, 5]
+    assert first.report.message.startswith(f"asked to stop: left at step 5, saved in {checkpoints}")
+    assert first.final.checkpoint is not None
+    assert first.final.checkpoint.step == 5
+
+    exit_code, second = run_pod(tmp_path / "parts", make_config(attempt=2, gating=gating))
+    assert exit_code == 0, second.log
+    assert second.final.restored_from == first.final.checkpoint.uri
+    assert min(second.values("loss")) == 6
+    assert first.values("loss") | second.values("loss") == whole.values("loss")
+    assert newest(checkpoints, "model.safetensors") == weights
+    assert newest(checkpoints, "optimizer.safetensors") == moments
+
+
+def test_the_number_of_processes_and_micro_batches_does_not_change_the_mathematics(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Two ranks that exchange gradients are one process on the joined batch; so is accumulation."""
+    losses = {}
+    for name, processes, batch in (
+        ("one", 1, {"sequences": 4}),
+        ("two", 2, {"sequences": 4}),
+        ("accumulated", 1, {"sequences": 4, "microSequences": 1}),
+    ):
+        config = make_config(processes=processes, batch=batch, checkpoint=None)
+        exit_code, pod = run_pod(tmp_path / name, config)
+        assert exit_code == 0, pod.log
+        losses[name] = [float(loss) for loss in pod.values("loss").values()]
+    assert len(losses["one"]) == 8
+    assert losses["two"] == pytest.approx(losses["one"], abs=2e-5)
+    assert losses["accumulated"] == pytest.approx(losses["one"], abs=2e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exit_code, whole = run_pod(tmp_path / "whole", make_config(checkpoint=None))
+    assert exit_code == 0
+    with monkeypatch.context() as patch:
+        stop_pod_in_step(patch, step=4, rank=0)
+        assert run_gang(tmp_path, make_config()) == [ExitCode.STOPPED]
+    exit_code, pod = run_pod(tmp_path, make_config(attempt=2, processes=1))
+    assert exit_code == 0, pod.log
+    expected = {step: float(loss) for step, loss in whole.values("loss").items()}
+    assert min(pod.values("loss")) > 5
+    for step, loss in pod.values("loss").items():
+        assert float(loss) == pytest.approx(expected[step], abs=2e-5)
+
+
+def test_a_finished_run_that_starts_again_trains_no_step(tmp_path: Path, make_config: MakeConfig) -> None:
+    assert run_gang(tmp_path, make_config()) == [0]
+    exit_code, pod = run_pod(tmp_path, make_config(attempt=2))
+    assert (exit_code, pod.final.step, pod.values("loss")) == (0, 8, {}), pod.log
+
+
+def test_a_checkpoint_is_taken_at_the_step_that_the_answer_names(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = tmp_path / "answer"
+
+    def ask() -> None:
+        url = f"http://127.0.0.1:{os.environ[names.ENV_STATUS_PORT]}/checkpoint"
+        request = urllib.request.Request(url, method="POST", headers={"Authorization": "Bearer secret"})
+        with urllib.request.urlopen(request) as response:
+            answer.write_bytes(response.read())
+
+    before_step(monkeypatch, step=3, rank=0, act=ask)
+    checkpoint = {"intervalSteps": 0, "keep": 9}
+    exit_code, pod = run_pod(tmp_path, make_config(checkpoint=checkpoint))
+    assert exit_code == 0, pod.log
+    assert json.loads(answer.read_bytes()) == {"step": 4}
+    assert committed_steps(checkpoints) == [4, 8]
+    assert pod.final.checkpoint_requested_step is None
+
+
+def spoil_gradients(monkeypatch: pytest.MonkeyPatch, is_spoiled: Callable[[int], bool]) -> None:
+    """Make rank 1's gradients infinite at some steps (from 0)."""
+    forward_backward = PlainStep.forward_backward
+
+    def patched(self: PlainStep, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
+        result = forward_backward(self, batch, global_tokens=global_tokens, step=step)
+        if is_spoiled(step) and torch.distributed.get_rank() == 1:
+            for parameter in self.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(PlainStep, "forward_backward", patched)
+
+
+def test_a_step_without_finite_gradients_is_skipped_by_all_ranks(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_gradients(monkeypatch, lambda step: step == 3)
+    exit_code, pod = run_pod(tmp_path, make_config())
+    assert (exit_code, pod.final.skipped_steps) == (0, 1), pod.log
+    losses = {step: float(loss) for step, loss in pod.values("loss").items()}
+    assert losses[8] < losses[1]
+
+
+def test_a_run_whose_gradients_stay_infinite_fails(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_gradients(monkeypatch, lambda step: step >= 4)
+    exit_code, pod = run_pod(tmp_path, make_config(schedule={"steps": 40}))
+    assert exit_code == ExitCode.INTERNAL
+    assert "gradients were not finite in 16 steps in a row up to step 20" in pod.report.message
+    assert "Traceback" not in pod.log
