@@ -10,7 +10,7 @@ R rank of factorised embeddings; a tensor's name ends in its shape.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,6 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.errors import ConfigError
-from pylon_trainer.models.attention import attend, document_mask
-
-if TYPE_CHECKING:
-    from pylon_trainer.models.attention import Mask
 
 
 class Context(NamedTuple):
@@ -31,8 +27,8 @@ class Context(NamedTuple):
     """T x E/2, or B x 1 x T x E/2 when documents are isolated."""
     sin: Tensor
     """As cos."""
-    mask: Mask | None
-    """Where a query may look, when documents are isolated; None is plainly causal."""
+    mask: Tensor | None
+    """B x 1 x T x T, true where a query may look; None is plainly causal."""
 
 
 def build_model(spec: ModelSpec, *, vocab_size: int) -> Transformer:
@@ -119,9 +115,11 @@ class Transformer(nn.Module):
         if documents_BT is None:
             angles = places_T[:, None] * frequencies
             return Context(angles.cos(), angles.sin(), None)
+        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        mask_BTT = same_BTT & (places_T[:, None] >= places_T)
         starts_BT = torch.searchsorted(documents_BT, documents_BT)  # the first place of each token's own document
         angles_BTE = (places_T - starts_BT)[..., None] * frequencies
-        return Context(angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), document_mask(documents_BT))
+        return Context(angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), mask_BTT.unsqueeze(1))
 
     def _initialise(self) -> None:
         """Normal matrices; those that write to the residual stream shrink with depth (GPT-2, section 2.3), and a
@@ -162,6 +160,7 @@ class Attention(nn.Module):
         super().__init__()
         self.width = spec.hidden_size // spec.heads
         kv_width = (spec.kv_heads or spec.heads) * self.width
+        self.grouped = kv_width != spec.hidden_size
         self.query = _linear(spec.hidden_size, spec.hidden_size)
         self.key = _linear(spec.hidden_size, kv_width)
         self.value = _linear(spec.hidden_size, kv_width)
@@ -171,7 +170,14 @@ class Attention(nn.Module):
         q_BHTE = _rotate(self._heads(self.query(x_BTD)), context)
         k_BKTE = _rotate(self._heads(self.key(x_BTD)), context)
         v_BKTE = self._heads(self.value(x_BTD))
-        y_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, context.mask)
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKTE,
+            v_BKTE,
+            attn_mask=context.mask,
+            is_causal=context.mask is None,
+            enable_gqa=self.grouped,
+        )
         mixed_BTD: Tensor = self.output(y_BHTE.transpose(1, 2).flatten(2))
         return mixed_BTD
 
