@@ -27,7 +27,12 @@ def model_of(**fields: object) -> Transformer:
     return build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)
 
 
-def step_of(model: Transformer, precision: Precision = Precision.FLOAT32, **gating: object) -> TrainingStep:
+def step_of(
+    model: Transformer,
+    precision: Precision = Precision.FLOAT32,
+    device: torch.device = CPU,
+    **gating: object,
+) -> TrainingStep:
     training = TrainingSpec(
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=10),
@@ -35,7 +40,7 @@ def step_of(model: Transformer, precision: Precision = Precision.FLOAT32, **gati
         gating=GatingSpec.model_validate(gating),
         seed=3,
     )
-    return build_step(model, training, CPU)
+    return build_step(model, training, device)
 
 
 def batch_of(sequences: int = 3, length: int = 15, ignored: int = 4, seed: int = 0) -> Batch:
@@ -219,3 +224,28 @@ def test_ratio_falls_over_the_warm_up_in_few_steps() -> None:
     assert set(ratios[100:]) == {0.3}
     assert ratios == sorted(ratios, reverse=True)
     assert len(set(ratios)) <= 14
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection", ["Sampled", "Top"])
+@pytest.mark.parametrize("strategy", ["Off", *SCORED])
+def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(strategy: str, selection: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    gating = {"strategy": strategy, "selection": "Sampled" if strategy == "Random" else selection}
+    batch = dataclasses.replace(batch_of(), documents_BT=(torch.arange(15) // 6).int().expand(3, -1).contiguous())
+    _, expected = run(step_of(model_of(), **gating), batch)
+
+    step = step_of(model_of().to(device), device=device, **gating)
+    moved = batch.to(device)
+    run(step, moved, 4)  # the first pass may wait: libraries set themselves up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.model.zero_grad()
+        step.forward_backward(moved, global_tokens=labelled(batch), step=5)
+        step.evaluate(moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same({name: gradient.cpu() for name, gradient in gradients(step.model).items()}, expected, 1e-3)

@@ -159,3 +159,23 @@ def test_sizes_that_cannot_work_are_refused(fields: dict[str, int], numbers: tup
 
 def test_spare_rows_of_the_vocabulary_are_allowed() -> None:
     assert model_of(vocab_size=128).head(torch.zeros(2, 48)).shape == (2, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [64, 200])
+def test_isolated_documents_on_a_gpu_equal_the_cpu(length: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = model_of(hidden_size=64, kv_heads=2)
+    tokens_BT = tokens_of(2, length)
+    documents_BT = torch.stack([torch.arange(length) // 19, torch.arange(length) // 50]).int()
+    outputs, gradients = [], []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        hidden_BTD = model(tokens_BT.to(device), documents_BT.to(device))
+        hidden_BTD.square().sum().backward()
+        outputs.append(hidden_BTD.detach().cpu())
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=2e-3, atol=2e-3)
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() < 5e-3 * expected.norm(), name
