@@ -202,6 +202,19 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
     assert [path.name[:17] for path in checkpoints.glob("step-*")] == ["step-000000000003"]
 
 
+def test_the_exit_code_gets_through_when_not_even_a_report_can_be_written(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pylon_trainer.report.write", full)
+    exit_code, pod = run_pod(tmp_path, make_config(data={"train": ["/nowhere/*.txt"]}))
+    assert (exit_code, pod.report.message) == (65, "rank 0 ended with BadData and said nothing")
+    assert "BadData: training.data.train" in pod.log
+    assert "Traceback" not in pod.log
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_the_first_field(tmp_path: Path, make_config: MakeConfig) -> None:
     assert run_pod(tmp_path, make_config())[0] == 0
     exit_code, pod = run_pod(tmp_path, make_config(attempt=2, model={"hiddenSize": 32}))
