@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -50,6 +51,9 @@ def main() -> NoReturn:
         end = _launch(environment, read_config(environment.config_path))
     except TrainerError as error:
         end = report.describe(error.exit_code, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        end = report.describe(ExitCode.INTERNAL, f"{type(error).__name__}: {error}")
     _leave(end, environment)
 
 

@@ -11,7 +11,6 @@ from pylon_api.run import RunConfig
 from pylon_trainer.consensus import Exchange
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.data import TrainingData
-from pylon_trainer.errors import ConfigError
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Transformer, build_model
 from pylon_trainer.optim.adamw import AdamW, named_gradients
@@ -79,12 +78,9 @@ class Run:
 def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     """A run at step 0: the same weights on every rank, because all draw them from the same seed."""
     training = config.training
-    make_deterministic(world.device)
+    make_deterministic()
     seed_everything(training.seed)
-    try:
-        model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"training.model does not fit the device's memory: {error}") from error
+    model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
     seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return Run(

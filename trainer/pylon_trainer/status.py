@@ -13,6 +13,7 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -128,7 +129,7 @@ def serve(
             """Requests are not logged: the operator asks every few seconds."""
 
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = _Server((host, port), Handler)
     except OSError as error:
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
         raise ConfigError(
@@ -136,6 +137,13 @@ def serve(
         ) from error
     threading.Thread(target=server.serve_forever, name="status", daemon=True).start()
     return server
+
+
+class _Server(ThreadingHTTPServer):
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's look-up of the host's full name, which waits long where there is no DNS."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "", self.server_address[1]
 
 
 def _is_authorized(header: str, token_file: Path | None) -> bool:

@@ -42,7 +42,10 @@ class Ending:
         end = report.describe(exit_code, message, rank=self._rank)
         if self._rank == 0:
             end = end.model_copy(update={"final": self._board.status})
-        report.write(end, self._path)
+        try:
+            report.write(end, self._path)
+        except OSError as error:  # a full disk, say; the exit code must get through all the same
+            print(f"cannot write {self._path}: {error.strerror}; {end.reason}: {end.message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

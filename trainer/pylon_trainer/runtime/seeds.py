@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Choose deterministic kernels; where CUDA has none for an operation it warns instead of failing."""
+def make_deterministic() -> None:
+    """Choose deterministic kernels; an operation that has none raises RuntimeError.
+
+    Warning instead would not do: attention's backward pass on CUDA then stays as it is.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The same as use_deterministic_algorithms, which also imports the whole of Inductor: seconds that few runs need.
-    torch.set_deterministic_debug_mode("warn" if device.type == "cuda" else "error")
+    torch.set_deterministic_debug_mode("error")
     # Filling every new tensor finds reads of uninitialised memory, which is a test's business, and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -1,0 +1,106 @@
+"""A rank that is killed, at any point, takes its gang down within seconds, and the pods say whose fault it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gangs import run_pod, start_gang
+
+from pylon_api.names import ExitCode
+from pylon_trainer.checkpoint.checkpointer import Checkpointer
+from pylon_trainer.checkpoint.saver import Saver
+from pylon_trainer.consensus.exact import ExactExchange
+from pylon_trainer.run import Run
+
+MakeConfig = Callable[..., dict[str, Any]]
+
+
+def die_in(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *, rank: str = "1", call: int = 1) -> None:
+    """Have one rank killed as it enters a method for the n-th time."""
+    original = getattr(owner, method)
+    calls = 0
+
+    def patched(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == rank and calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, method, patched)
+
+
+LOST = [
+    pytest.param(Saver, "restore", 1, id="before the first step"),
+    pytest.param(Run, "advance", 3, id="between batch and backward"),
+    pytest.param(ExactExchange, "exchange", 3, id="between backward and exchange"),
+    pytest.param(Saver, "save", 1, id="before a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("owner", "method", "call"), LOST)
+def test_when_a_pod_is_lost_the_other_leaves_within_seconds(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    method: str,
+    call: int,
+) -> None:
+    die_in(monkeypatch, owner, method, call=call)
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1))
+    assert second.wait() == 128 + signal.SIGKILL
+    killed_time = time.monotonic()
+    assert first.wait() == ExitCode.PEER_LOST, first.log
+    assert time.monotonic() - killed_time < 10
+    assert (second.report.reason, second.report.rank, second.report.final) == ("SIGKILL", 1, None)
+    assert (first.report.reason, first.report.rank) == ("PeerLost", 0)
+    assert "died" in first.report.message
+    assert first.final.uid == "12345678-90ab"
+
+
+def test_rank_0_killed_while_it_saves_leaves_no_checkpoint(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die_in(monkeypatch, Checkpointer, "_commit", rank="0")
+    codes = [pod.wait() for pod in start_gang(tmp_path, make_config(nodes=2, processes=1))]
+    assert codes == [128 + signal.SIGKILL, ExitCode.PEER_LOST]
+    assert not list(checkpoints.glob("step-*/COMMITTED"))
+
+
+def test_in_one_pod_the_killed_rank_explains_the_end(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die_in(monkeypatch, Run, "advance", call=3)
+    exit_code, pod = run_pod(tmp_path, make_config())
+    assert exit_code == 128 + signal.SIGKILL
+    assert (pod.report.rank, pod.report.message) == (1, "rank 1 ended with SIGKILL and said nothing")
+    assert pod.final.step == 2
+    assert pod.log.count("pylon: SIGKILL (rank 1)") == 1
+
+
+def test_a_peer_that_is_stuck_outside_of_any_collective_notices_too(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rank that waits for its GPU, which waits for the dead peer's."""
+    advance = Run.advance
+
+    def patched(run: Run, *arguments: Any) -> Any:
+        if run.step == 2:
+            if run.world.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            threading.Event().wait()
+        return advance(run, *arguments)
+
+    monkeypatch.setattr(Run, "advance", patched)
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1))
+    assert second.wait() == 128 + signal.SIGKILL
+    assert first.wait() == ExitCode.PEER_LOST
+    assert first.report.message == "rank 1 died or its machine vanished"
