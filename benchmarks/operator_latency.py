@@ -110,7 +110,7 @@ def operator(kubeconfig: Path, namespace: str, log: Path) -> Iterator[Operator]:
         port = taken.getsockname()[1]
     command = [
         *(sys.executable, "-m", "pylon_operator.commands.operator", "--kubeconfig", str(kubeconfig)),
-        *("--namespace", namespace, "--lease-namespace", namespace),
+        *("--namespace", namespace, "--lease-namespace", namespace, "--image", "pylon-trainer:benchmark"),
         *("--metrics-port", str(port), "--health-port", str(port)),
     ]
     folders = os.pathsep.join([str(ROOT / "crds"), str(ROOT / "operator"), os.environ.get("PYTHONPATH", "")])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from api import BlockingApi
 from control_plane import Cluster, KubectlError
-from operator_process import ROOT, OperatorProcess
+from operator_process import IMAGE, ROOT, OperatorProcess
 from waiting import wait_for
 
 from pylon_api import names
@@ -197,7 +197,7 @@ def test_a_missing_permission_is_one_line_with_the_rule(control_plane: Cluster, 
     kubeconfig = control_plane.kubeconfig_for(home, "too-little", tmp_path / "kubeconfig")
     command = (sys.executable, "-m", "pylon_operator.cli", "operator", "--kubeconfig", str(kubeconfig))
     done = subprocess.run(
-        [*command, "--lease-namespace", home, "--health-port", "0", "--metrics-port", "0"],
+        [*command, "--image", IMAGE, "--lease-namespace", home, "--health-port", "0", "--metrics-port", "0"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -212,7 +212,8 @@ def test_a_namespace_goes_with_all_that_is_in_it(
     operator: OperatorProcess, api: BlockingApi, control_plane: Cluster, make: Callable[..., None]
 ) -> None:
     api.create("/api/v1/namespaces", {"metadata": {"name": "doomed"}})
-    make("last", namespace="doomed")
+    # The namespace controller deletes pods first and comes back after half of their grace period.
+    make("last", namespace="doomed", checkpointTimeoutSeconds=0)
     wait_for(lambda: api.list(JOBS.format("doomed")), 30, "the Job")
     control_plane.kubectl("delete", "namespace", "doomed", "--timeout", "60s")
     with pytest.raises(KubectlError, match="not found"):
