@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pylon_api.manifest import describe
 from pylon_api.run import RunConfig
 from pylon_trainer.errors import ConfigError
 
@@ -20,18 +21,10 @@ def read_config(path: Path) -> RunConfig:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first(error)}") from error
+        first, *others = describe(error)
+        raise ConfigError(f"{path}: {first}" + (f" (and {len(others)} more)" if others else "")) from error
     _check_batch(config)
     return config
-
-
-def _first(error: ValidationError) -> str:
-    problem, *others = error.errors(include_url=False)
-    field = ".".join(str(part) for part in problem["loc"]) or "document"
-    value = problem.get("input")
-    shown = f" (is {value!r})" if isinstance(value, str | int | float) and len(str(value)) <= 80 else ""
-    more = f", and {len(others)} more" if others else ""
-    return f"{field}: {problem['msg']}{shown}{more}"
 
 
 def _check_batch(config: RunConfig) -> None:
