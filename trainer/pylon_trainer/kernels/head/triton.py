@@ -42,8 +42,8 @@ class Tiling:
     warps: int
 
 
-# Measured on an H200 at 16,384 x 49,152 x 2048: four stages are 4 % slower than three, square tiles of 128 9 %. Joining the
-# two loops (`flatten`) makes the compiler clear the accumulator with selects in every step and costs 14 %.
+# Measured on an H200 at 16,384 x 49,152 x 2048: four stages are 4 % slower than three, square tiles of 128 9 %. Joining
+# the two loops (`flatten`) makes the compiler clear the accumulator with selects in every step and costs 14 %.
 TENSOR_CORES = Tiling(rows=128, columns=256, depth=64, run=4, group=32, stages=3, warps=8)
 FULL_PRECISION = Tiling(rows=64, columns=64, depth=32, run=16, group=32, stages=2, warps=4)
 """float32 without tensor cores: slow and exact."""
