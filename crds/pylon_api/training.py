@@ -225,8 +225,23 @@ class GatingSelection(enum.StrEnum):
     TOP = "Top"
 
 
+class GatingEngine(enum.StrEnum):
+    HEAD_ONLY = "HeadOnly"
+    SINGLE_PASS = "SinglePass"  # noqa: S105  no password, whatever the word says
+
+
+class KvGradient(enum.StrEnum):
+    TRUNCATED = "Truncated"
+    DENSE = "Dense"
+
+
+class RowActivations(enum.StrEnum):
+    KEEP = "Keep"
+    RECOMPUTE = "Recompute"
+
+
 class GatingSpec(Spec):
-    """Confidence-gated gradient routing: which tokens the backward pass through the head is spent on."""
+    """Confidence-gated gradient routing: which tokens the backward pass is spent on."""
 
     strategy: GatingStrategy = GatingStrategy.OFF
     """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Disabled: no token is left out."""
@@ -236,7 +251,16 @@ class GatingSpec(Spec):
     token_ratio: float = Field(default=0.5, gt=0, le=1)
     """Share of tokens that carry gradient once warm-up is over; 1 keeps all."""
     warmup_steps: int = Field(default=0, ge=0, le=2**53)
-    """Steps over which the ratio falls linearly from 1 to tokenRatio."""
+    """Steps over which the ratio falls linearly from 1 to tokenRatio; 0 starts at tokenRatio."""
+    engine: GatingEngine = GatingEngine.HEAD_ONLY
+    """How far the backward pass shrinks to the chosen tokens. HeadOnly: in the head; exact. SinglePass: in every block;
+    faster, but tokens that were not chosen get no gradient through attention (see kvGradient)."""
+    kv_gradient: KvGradient = KvGradient.TRUNCATED
+    """SinglePass only: gradient that chosen tokens send to the keys and values of the others. Truncated: ends there.
+    Dense: reaches the block's key and value weights, at the cost of their whole backward pass, and ends below."""
+    row_activations: RowActivations = RowActivations.KEEP
+    """SinglePass only: what the backward pass starts from. Keep: outputs of every linear layer, in as much memory as
+    the plain step's. Recompute: a hidden state, keys and values per block; the chosen tokens' forward runs again."""
 
 
 class RestoreSpec(Spec):

@@ -15,7 +15,8 @@ SCORE_FLOOR = 0.1
 
 
 class Selection(NamedTuple):
-    """K rows and their weights. Where fewer than K tokens have a label, the rest are rows of weight 0."""
+    """K rows, distinct and rising, and their weights. Where fewer than K tokens have a label, the rest are rows without
+    a label, of weight 0."""
 
     rows_K: Tensor
     weights_K: Tensor
@@ -29,17 +30,18 @@ def sample(scores_N: Tensor, labelled_N: Tensor, *, rows: int, start: float) -> 
     says, so weights of 1 / probability make any weighted sum unbiased.
     """
     probabilities_N = inclusion_probabilities(scores_N, labelled_N, rows)
-    ends_N = probabilities_N.cumsum(0)
+    missing = (rows - labelled_N.sum()).clamp_min(0)
+    spare_N = ~labelled_N & ((~labelled_N).cumsum(0) <= missing)
+    ends_N = (probabilities_N + spare_N).cumsum(0)
     places_K = torch.arange(rows, device=scores_N.device, dtype=torch.float64)
     rows_K = torch.searchsorted(ends_N, places_K + start, right=True).clamp_max(len(scores_N) - 1)
-    drawn_K = places_K < labelled_N.sum()
-    weights_K = torch.where(drawn_K, probabilities_N[rows_K].clamp_min(1e-12).reciprocal(), 0.0)
+    weights_K = torch.where(labelled_N[rows_K], probabilities_N[rows_K].clamp_min(1e-12).reciprocal(), 0.0)
     return Selection(rows_K, weights_K.float())
 
 
 def top(scores_N: Tensor, labelled_N: Tensor, *, rows: int) -> Selection:
     """The rows of highest score, each of weight 1."""
-    rows_K = torch.where(labelled_N, scores_N, -1.0).topk(rows).indices
+    rows_K = torch.where(labelled_N, scores_N, -1.0).topk(rows).indices.sort().values
     return Selection(rows_K, labelled_N[rows_K].float())
 
 

@@ -2,7 +2,8 @@
 
 The pass is cut at the hidden states: the head runs in chunks of rows, each with its own small backward pass, so that
 the logits of a large vocabulary never live at once; the collected gradient then flows through the blocks. The gated
-step reads its scores from the logits without gradient and spends the head's backward pass on selected rows only.
+step reads its scores from the logits without gradient and spends the head's backward pass on selected rows only; how
+much of the blocks' backward pass they spare is the engine's business (engine.py).
 
 Shapes: N = B * T tokens of a micro-batch, K of them selected, D hidden width, V vocabulary, C rows of one chunk.
 """
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pylon_api.training import Compile, GatingSelection, GatingSpec, GatingStrategy, Precision, TrainingSpec
+from pylon_trainer.gating.engine import build_engine, send_back
 from pylon_trainer.gating.scores import SCORES, Score
 from pylon_trainer.gating.scores import loss as losses
 from pylon_trainer.gating.selection import Selection, sample, top
@@ -43,7 +45,7 @@ def build_step(model: Transformer, training: TrainingSpec, device: torch.device)
     precision = torch.bfloat16 if training.precision is Precision.BFLOAT16 else None
     if training.gating.strategy is GatingStrategy.OFF:
         return PlainStep(model, device, precision)
-    return GatedStep(model, device, precision, training.gating, training.seed)
+    return GatedStep(model, device, precision, training)
 
 
 class PlainStep:
@@ -60,7 +62,7 @@ class PlainStep:
         labels_N = batch.labels_BT.flatten()
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
         loss_sum, gradient_ND = self._head_backward(hidden_ND.detach(), labels_N, weights_N, global_tokens)
-        _send_back(hidden_ND, gradient_ND)
+        send_back(hidden_ND, gradient_ND)
         tokens = (labels_N != IGNORED).sum()
         return StepResult(loss_sum, tokens, tokens)
 
@@ -136,12 +138,12 @@ class GatedStep(PlainStep):
         model: Transformer,
         device: torch.device,
         precision: torch.dtype | None,
-        gating: GatingSpec,
-        seed: int,
+        training: TrainingSpec,
     ) -> None:
         super().__init__(model, device, precision)
-        self._gating = gating
-        self._seed = seed
+        self._engine = build_engine(model, training, self._autocast)
+        self._gating = training.gating
+        self._seed = training.seed
         self._rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._step = -1
         self._micro_batch = 0
@@ -153,12 +155,12 @@ class GatedStep(PlainStep):
         ratio = token_ratio(self._gating, step)
         if ratio == 1:
             return super().forward_backward(batch, global_tokens=global_tokens, step=step)
-        hidden_ND = self._hidden(batch)
+        hidden_ND, back = self._engine.forward(batch)
         labels_N = batch.labels_BT.flatten()
-        losses_N, scores_N = self._judge(hidden_ND.detach(), labels_N, [losses, SCORES[self._gating.strategy]])
+        losses_N, scores_N = self._judge(hidden_ND, labels_N, [losses, SCORES[self._gating.strategy]])
         rows_K, weights_K = self._select(scores_N, labels_N != IGNORED, math.ceil(ratio * len(labels_N)))
-        _, gradient_KD = self._head_backward(hidden_ND.detach()[rows_K], labels_N[rows_K], weights_K, global_tokens)
-        _send_back(hidden_ND, torch.zeros_like(hidden_ND).index_add_(0, rows_K, gradient_KD))
+        _, gradient_KD = self._head_backward(hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens)
+        back(rows_K, gradient_KD)
         tokens = (labels_N != IGNORED).sum()
         return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)))
 
@@ -171,12 +173,6 @@ class GatedStep(PlainStep):
             generator = torch.Generator(self._device).manual_seed(int(draws.integers(2**62)))
             scores_N = torch.rand(len(scores_N), generator=generator, device=self._device)
         return top(scores_N, labelled_N, rows=rows)
-
-
-def _send_back(hidden_ND: Tensor, gradient_ND: Tensor) -> None:
-    """Backward through the blocks, bit for bit as `hidden_ND.backward(gradient_ND)`, which would first import sympy for
-    seconds (torch.autograd looks at the shape of a gradient that it is given)."""
-    (hidden_ND * gradient_ND).sum().backward()
 
 
 def token_ratio(gating: GatingSpec, step: int) -> float:

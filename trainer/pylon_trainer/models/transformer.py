@@ -10,7 +10,7 @@ R rank of factorised embeddings; a tensor's name ends in its shape.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,13 @@ from pylon_api.training import ModelSpec
 from pylon_trainer.errors import ConfigError
 
 
-class Context(NamedTuple):
-    """What every block needs beside the hidden states; computed once per forward pass."""
+@dataclass(frozen=True)
+class Context:
+    """What every block needs beside the hidden states; computed once per forward pass.
+
+    It is also where tokens meet: all that a block does outside `attend` it does to each token alone. So a block runs on
+    chosen tokens only when it is given a context whose `attend` knows the others.
+    """
 
     cos: Tensor
     """T x E/2, or B x 1 x T x E/2 when documents are isolated."""
@@ -29,6 +34,17 @@ class Context(NamedTuple):
     """As cos."""
     mask: Tensor | None
     """B x 1 x T x T, true where a query may look; None is plainly causal."""
+
+    def attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+        """Attention of every token to those that it may see, B x H x T x E."""
+        return F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKTE,
+            v_BKTE,
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1],
+        )
 
 
 def build_model(spec: ModelSpec, *, vocab_size: int) -> Transformer:
@@ -73,15 +89,20 @@ class Transformer(nn.Module):
         documents_BT: number of the document of each token, rising along a sequence; given, a token sees only its own
         document and positions start again with each.
         """
-        x_BTD = self.embedding(tokens_BT)
-        if self.embedding_projection is not None:
-            # The residual stream keeps the weights' precision, under autocast too.
-            x_BTD = self.embedding_projection(x_BTD).to(x_BTD.dtype)
-        context = self._context(tokens_BT.shape[1], documents_BT, tokens_BT.device)
+        x_BTD = self.embed(tokens_BT)
+        context = self.context(tokens_BT, documents_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, context)
         normed_BTD: Tensor = self.norm(x_BTD)
         return normed_BTD
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block: ... x D of ids of any shape."""
+        x: Tensor = self.embedding(tokens)
+        if self.embedding_projection is not None:
+            # The residual stream keeps the weights' precision, under autocast too.
+            x = self.embedding_projection(x).to(x.dtype)
+        return x
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ... x V of hidden states ... x D."""
@@ -107,11 +128,13 @@ class Transformer(nn.Module):
             return self.output.weight
         return self.output.weight @ self.output_projection.weight
 
-    def _context(self, tokens: int, documents_BT: Tensor | None, device: torch.device) -> Context:
+    def context(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Context:
+        """What every block needs to know of these sequences; arguments as forward has them."""
+        device = tokens_BT.device
         width = self.spec.hidden_size // self.spec.heads
         pairs = torch.arange(0, width, 2, device=device, dtype=torch.float32)
         frequencies = self.spec.rope_theta ** (-pairs / width)
-        places_T = torch.arange(tokens, device=device)
+        places_T = torch.arange(tokens_BT.shape[1], device=device)
         if documents_BT is None:
             angles = places_T[:, None] * frequencies
             return Context(angles.cos(), angles.sin(), None)
@@ -160,7 +183,6 @@ class Attention(nn.Module):
         super().__init__()
         self.width = spec.hidden_size // spec.heads
         kv_width = (spec.kv_heads or spec.heads) * self.width
-        self.grouped = kv_width != spec.hidden_size
         self.query = _linear(spec.hidden_size, spec.hidden_size)
         self.key = _linear(spec.hidden_size, kv_width)
         self.value = _linear(spec.hidden_size, kv_width)
@@ -168,18 +190,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         q_BHTE = _rotate(self._heads(self.query(x_BTD)), context)
-        k_BKTE = _rotate(self._heads(self.key(x_BTD)), context)
-        v_BKTE = self._heads(self.value(x_BTD))
-        y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKTE,
-            v_BKTE,
-            attn_mask=context.mask,
-            is_causal=context.mask is None,
-            enable_gqa=self.grouped,
-        )
+        k_BKTE, v_BKTE = self.keys_values(x_BTD, context)
+        y_BHTE = context.attend(q_BHTE, k_BKTE, v_BKTE)
         mixed_BTD: Tensor = self.output(y_BHTE.transpose(1, 2).flatten(2))
         return mixed_BTD
+
+    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What tokens offer to those that attend to them, each B x K x T x E."""
+        return _rotate(self._heads(self.key(x_BTD)), context), self._heads(self.value(x_BTD))
 
     def _heads(self, x: Tensor) -> Tensor:
         """B x T x (heads E) to B x heads x T x E."""
