@@ -145,7 +145,8 @@ class SinglePass:
             gradient_1KD = self._back_over(block, trail.pop(), context, rows, gradient_1KD)
         with self._autocast():
             entering_KD = self._model.embed(batch.tokens_BT.flatten()[rows_K])
-        send_back(entering_KD, gradient_1KD.squeeze(0))
+        if entering_KD.requires_grad:  # not when the embedding is frozen
+            send_back(entering_KD, gradient_1KD.squeeze(0))
 
     def _back_over(self, block: Block, kept: _Kept, context: Context, rows: Rows, gradient_1KD: Tensor) -> Tensor:
         """Adds to the gradients of a block's parameters; returns the gradient at the rows of its input."""
@@ -184,7 +185,8 @@ def _run_rows(block: Block, x_1KD: Tensor, context: RowContext, linears: list[Te
 
 def _keys_values(block: Block, x_BTD: Tensor, context: Context, linears: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values of all tokens, each B x J x T x E."""
-    with Recall(linears[1:3]) if linears else nullcontext():
+    # Copies: what a compiled function returns as a view of an argument has that argument's history, here none.
+    with Recall([output_BTD.clone() for output_BTD in linears[1:3]]) if linears else nullcontext():
         k_BJTE, v_BJTE = block.attention.keys_values(block.attention_norm(x_BTD), context)
     return k_BJTE, v_BJTE
 
