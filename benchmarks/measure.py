@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: timing on the device, the ceiling of its memory, and the file of results."""
+"""What the benchmarks of the trainer share: timing on the device, the ceiling of its memory, and the file of results."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def milliseconds(function: Callable[[], object], repeat_ms: int = 200) -> float:
     """Median device time of a call, L2 flushed before each, after warm-up and compilation."""
+    from triton.testing import do_bench  # not where there is no device
+
     return float(do_bench(function, warmup=25, rep=repeat_ms, return_mode="median"))
 
 
@@ -39,15 +40,21 @@ def copy_bytes_per_s() -> float:
     return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source)) / 1e3)
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
+def publish(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    directory: Path,
+    timing: str = "median of repeated calls, L2 flushed before each",
+) -> None:
     """Print the rows as a table and write them with their environment to `<directory>/<name>.json`."""
+    on_device = torch.cuda.is_available()
     environment = {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if on_device else f"{torch.get_num_threads()} CPU threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": importlib.metadata.version("triton"),
-        "timing": "median of repeated calls, L2 flushed before each",
+        "cuda": torch.version.cuda if on_device else None,
+        "triton": importlib.metadata.version("triton") if on_device else None,
+        "timing": timing,
     }
     cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]

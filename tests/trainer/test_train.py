@@ -93,7 +93,14 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
     assert re.fullmatch(r"step=1 loss=\S+ tokens_per_second=\d+ learning_rate=5.000e-03 gradient_norm=\S+", first_line)
 
 
-@pytest.mark.parametrize("gating", [{}, {"strategy": "GradientNorm", "tokenRatio": 0.5}])
+@pytest.mark.parametrize(
+    "gating",
+    [
+        {},
+        {"strategy": "GradientNorm", "tokenRatio": 0.5},
+        {"strategy": "GradientNorm", "tokenRatio": 0.5, "engine": "SinglePass"},
+    ],
+)
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path,
     make_config: MakeConfig,
@@ -124,8 +131,12 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     assert newest(checkpoints, "optimizer.safetensors") == moments
 
 
+@pytest.mark.parametrize(
+    "gating",
+    [{}, {"strategy": "GradientNorm", "tokenRatio": 0.999, "engine": "SinglePass"}],  # which chooses every token
+)
 def test_the_number_of_processes_and_micro_batches_does_not_change_the_mathematics(
-    tmp_path: Path, make_config: MakeConfig
+    tmp_path: Path, make_config: MakeConfig, gating: dict[str, Any]
 ) -> None:
     """Two ranks that exchange gradients are one process on the joined batch; so is accumulation."""
     losses = {}
@@ -134,7 +145,7 @@ def test_the_number_of_processes_and_micro_batches_does_not_change_the_mathemati
         ("two", 2, {"sequences": 4}),
         ("accumulated", 1, {"sequences": 4, "microSequences": 1}),
     ):
-        config = make_config(processes=processes, batch=batch, checkpoint=None)
+        config = make_config(processes=processes, batch=batch, gating=gating, checkpoint=None)
         exit_code, pod = run_pod(tmp_path / name, config)
         assert exit_code == 0, pod.log
         losses[name] = [float(loss) for loss in pod.values("loss").values()]

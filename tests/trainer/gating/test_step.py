@@ -151,23 +151,49 @@ def flat(named: dict[str, Tensor]) -> Tensor:
     return torch.cat([named[name].flatten() for name in sorted(named)])
 
 
+ENGINES = [
+    {"engine": engine, "kv_gradient": kv_gradient, "row_activations": activations}
+    for engine, kv_gradient, activations in (
+        ("HeadOnly", "Truncated", "Keep"),
+        ("SinglePass", "Truncated", "Keep"),
+        ("SinglePass", "Dense", "Recompute"),
+    )
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("ratio", [1, 0.999])  # the plain pass; the engine, with every row
 @pytest.mark.parametrize("selection", ["Sampled", "Top"])
-def test_ratio_one_equals_plain(selection: str) -> None:
+def test_ratio_one_equals_plain(selection: str, ratio: float, engine: dict[str, str]) -> None:
     model, batch = model_of(), batch_of()
     _, plain = run(step_of(model), batch)
-    result, gated = run(step_of(model, strategy="GradientNorm", selection=selection, token_ratio=1), batch)
-    assert_same(gated, plain, 1e-6)
+    gating = {"strategy": "GradientNorm", "selection": selection, "token_ratio": ratio}
+    result, gated = run(step_of(model, **gating, **engine), batch)
+    assert_same(gated, plain, 1e-6 if ratio == 1 else 1e-5)
     assert int(result.gated_tokens) == int(result.tokens)
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
-    model, batch = model_of(), batch_of()
-    step = step_of(model)
-    _, whole = run(step, batch)
+@pytest.mark.parametrize("gating", [{}, *({"strategy": "Loss", "token_ratio": 0.999} | engine for engine in ENGINES)])
+def test_micro_batches_add_up_to_the_batch(gating: dict[str, object]) -> None:
+    model, batch = model_of(), batch_of(sequences=4)
+    step = step_of(model, **gating)
+    _, whole = run(step_of(model), batch)
     model.zero_grad()
     results = [step.forward_backward(part, global_tokens=labelled(batch), step=5) for part in batch.split(1)]
     assert_same(gradients(model), whole, 1e-5)
-    assert sum(int(result.tokens) for result in results) == 33
+    assert sum(int(result.tokens) for result in results) == 44
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("selection", ["Sampled", "Top"])
+def test_fewer_labels_than_rows(selection: str, engine: dict[str, str]) -> None:
+    """The rest of the rows are tokens without label, each once: gradients through attention count them once too."""
+    model, batch = model_of(layers=1), batch_of(sequences=1, ignored=13)
+    _, plain = run(step_of(model), batch)
+    gating = {"strategy": "Loss", "selection": selection, "token_ratio": 0.99}
+    result, gated = run(step_of(model, **gating, **engine), batch)
+    assert_same(gated, plain, 1e-5)
+    assert int(result.gated_tokens) == 2
 
 
 def test_draws_follow_from_seed_and_step_alone() -> None:
@@ -188,7 +214,9 @@ def test_micro_batches_of_a_step_are_drawn_differently() -> None:
     assert not torch.equal(first["embedding.weight"], second["embedding.weight"])
 
 
-@pytest.mark.parametrize("gating", [{}, {"strategy": "GradientNorm", "token_ratio": 0.5}])
+@pytest.mark.parametrize(
+    "gating", [{}, *({"strategy": "GradientNorm", "token_ratio": 0.5} | engine for engine in ENGINES)]
+)
 @pytest.mark.parametrize("precision", list(Precision))
 def test_a_batch_without_labels_gives_zero_and_no_nan(gating: dict[str, object], precision: Precision) -> None:
     model = model_of()
@@ -227,13 +255,16 @@ def test_ratio_falls_over_the_warm_up_in_few_steps() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("selection", ["Sampled", "Top"])
-@pytest.mark.parametrize("strategy", ["Off", *SCORED])
-def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(strategy: str, selection: str) -> None:
+@pytest.mark.parametrize("strategy", ["Disabled", *SCORED])
+def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(
+    strategy: str, selection: str, engine: dict[str, str]
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
-    gating = {"strategy": strategy, "selection": "Sampled" if strategy == "Random" else selection}
+    gating = {"strategy": strategy, "selection": "Sampled" if strategy == "Random" else selection} | engine
     batch = dataclasses.replace(batch_of(), documents_BT=(torch.arange(15) // 6).int().expand(3, -1).contiguous())
     _, expected = run(step_of(model_of(), **gating), batch)
 

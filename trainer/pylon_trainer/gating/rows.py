@@ -105,7 +105,8 @@ class RowContext(Context):
         tiles, _, height, _ = self.rows.mask_G1CT.shape
         x_KHE = x_1HKE.squeeze(0).transpose(0, 1)
         x_SHE = x_KHE.new_zeros(tiles * height, *x_KHE.shape[1:]).index_copy(0, self.rows.slot_K, x_KHE)
-        return x_SHE.unflatten(0, (tiles, height)).transpose(1, 2)
+        x_GCHE: Tensor = x_SHE.unflatten(0, (tiles, height))
+        return x_GCHE.transpose(1, 2)
 
     def _with_own(self, x_BJTE: Tensor, own_1JKE: Tensor) -> Tensor:
         """Every tile's keys or values, G x J x T x E."""
