@@ -1,6 +1,6 @@
 """One training step, gated against plain: time, memory and counted FLOPs, for every engine and ratio.
 
-    python benchmarks/gate_step.py [--compile] [--shape 12M]
+    python benchmarks/gate_step.py [--compile] [--shape 14M]
 
 A step is forward and backward; the optimizer's part is the same for all and left out. On CUDA the shapes are real ones
 in bfloat16, on a CPU small ones in float32. The steps take turns, so that a machine whose speed drifts slows all alike.
@@ -25,7 +25,7 @@ from pylon_trainer.step import Batch, TrainingStep
 
 SHAPES: dict[str, dict[str, tuple[dict[str, Any], int, int, int]]] = {
     "cpu": {
-        "12M": ({"layers": 6, "hidden_size": 384, "heads": 6}, 2048, 4, 256),
+        "14M": ({"layers": 4, "hidden_size": 512, "heads": 8}, 2048, 4, 256),
     },
     "cuda": {
         "135M": (
@@ -51,7 +51,7 @@ ENGINES = (
     ("SinglePass", "Truncated", "Recompute"),
 )
 RATIOS = (1.0, 0.5, 0.25, 0.125)
-ROUNDS = 7
+ROUNDS = 5
 
 
 def step_of(model: Transformer, compiles: bool, **gating: Any) -> TrainingStep:

@@ -1,4 +1,4 @@
-"""What the benchmarks of the trainer share: timing on the device, the ceiling of its memory, and the file of results."""
+"""What the benchmarks share: timing on the device, the ceiling of its memory, and the file of results."""
 
 from __future__ import annotations
 

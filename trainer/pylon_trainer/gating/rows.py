@@ -30,9 +30,6 @@ class Rows:
 
     rows_K: Tensor
     """Their places among the N tokens, distinct and rising."""
-    sequence_K: Tensor
-    place_K: Tensor
-    """sequence_K * T + place_K == rows_K."""
     slot_K: Tensor
     """Their places among the G * C slots."""
     sequence_G: Tensor
@@ -66,11 +63,11 @@ class Rows:
             cos_KE, sin_KE = context.cos.flatten(0, 2)[rows_K], context.sin.flatten(0, 2)[rows_K]
         mask_ST = torch.ones(tiles * height, tokens, dtype=torch.bool, device=device).index_copy(0, slot_K, mask_KT)
         mask_G1CT = mask_ST.view(tiles, 1, height, tokens)
-        return cls(rows_K, sequence_K, place_K, slot_K, sequence_G.clamp_max(sequences - 1), mask_G1CT, cos_KE, sin_KE)
+        return cls(rows_K, slot_K, sequence_G.clamp_max(sequences - 1), mask_G1CT, cos_KE, sin_KE)
 
     def take(self, x_BTD: Tensor) -> Tensor:
         """The chosen rows, as one sequence: 1 x K x D."""
-        return x_BTD.flatten(0, 1)[self.rows_K].unsqueeze(0)
+        return x_BTD.flatten(0, 1).index_select(0, self.rows_K).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class RowContext(Context):
             attn_mask=self.rows.mask_G1CT,
             enable_gqa=q_1HKE.shape[1] != k_1JKE.shape[1],
         )
-        y_KHE: Tensor = y_GHCE.transpose(1, 2).flatten(0, 1)[self.rows.slot_K]
+        y_KHE = y_GHCE.transpose(1, 2).flatten(0, 1).index_select(0, self.rows.slot_K)
         return y_KHE.transpose(0, 1).unsqueeze(0)
 
     def _tile(self, x_1HKE: Tensor) -> Tensor:
@@ -111,8 +108,10 @@ class RowContext(Context):
     def _with_own(self, x_BJTE: Tensor, own_1JKE: Tensor) -> Tensor:
         """Every tile's keys or values, G x J x T x E."""
         own_KJE = own_1JKE.squeeze(0).transpose(0, 1)
-        x_BTJE = x_BJTE.transpose(1, 2).index_put((self.rows.sequence_K, self.rows.place_K), own_KJE)
-        return x_BTJE[self.rows.sequence_G].transpose(1, 2)
+        x_BTJE = x_BJTE.transpose(1, 2)
+        x_NJE = x_BTJE.flatten(0, 1).index_copy(0, self.rows.rows_K, own_KJE)
+        # Not by brackets, whose backward pass sorts the indices.
+        return x_NJE.view(x_BTJE.shape).index_select(0, self.rows.sequence_G).transpose(1, 2)
 
 
 @dataclass(frozen=True)
