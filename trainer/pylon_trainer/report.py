@@ -35,7 +35,7 @@ class WorkerEnd:
 def reason(exit_code: int) -> str:
     """CamelCase name of an exit code: BadConfig, SIGKILL, Exit3."""
     if exit_code in ExitCode.__members__.values():
-        return ExitCode(exit_code).name.title().replace("_", "")
+        return ExitCode(exit_code).reason
     try:
         return signal.Signals(exit_code - 128).name
     except ValueError:
