@@ -62,12 +62,10 @@ def text_of(data: TrainingData, ids: Tensor) -> str:
 
 
 def test_labels_are_the_next_tokens(open_: Open) -> None:
-    batches = [open_().next_batch()]
-    for batch in batches:
-        same = batch.tokens_BT[:, 1:] == batch.labels_BT[:, :-1]
-        assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64
-        assert same.all()
-        assert batch.documents_BT is None
+    batch = open_().next_batch()
+    assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64
+    assert torch.equal(batch.tokens_BT[:, 1:], batch.labels_BT[:, :-1])
+    assert batch.documents_BT is None
 
 
 def test_an_epoch_holds_every_document_once(open_: Open, corpus: Path) -> None:
@@ -240,11 +238,6 @@ def test_a_fraction_that_leaves_nothing_is_refused(open_: Open) -> None:
 def test_a_state_of_another_batch_is_refused(open_: Open) -> None:
     with pytest.raises(ConfigError, match=r"batch\.sequences: 8, but .* 4 sequences"):
         open_(sequences=8).load_state_dict(open_(sequences=4).state_dict())
-
-
-def test_sequences_that_cannot_be_divided_are_refused(open_: Open) -> None:
-    with pytest.raises(ConfigError, match="8 cannot be divided among 3"):
-        open_(world_size=3)
 
 
 def test_closing_leaves_no_thread(corpus: Path) -> None:

@@ -29,12 +29,9 @@ HELD_OUT_SEED = 0
 def open_data(spec: DataSpec, *, seed: int, rank: int, world_size: int, global_sequences: int) -> TrainingData:
     """The data of one rank. Lists files and reads the tokenizer, but no text yet.
 
-    global_sequences: sequences of a step over all ranks, divisible by world_size. Raises ConfigError or DataError.
+    global_sequences: sequences of a step over all ranks, divisible by world_size (configuration.py sees to that).
+    Raises ConfigError or DataError.
     """
-    if global_sequences % world_size:
-        raise ConfigError(
-            f"training.batch.sequences: {global_sequences} cannot be divided among {world_size} processes"
-        )
     tokenizer = load_tokenizer(spec.tokenizer)
     pieces = cut(list_files(spec.train, "training.data.train"), spec.format)
     held = hold_out(pieces, 0 if spec.held_out else spec.held_out_fraction)
