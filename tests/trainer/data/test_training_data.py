@@ -217,6 +217,22 @@ def test_documents_of_jsonl_are_held_out_one_by_one(open_: Open, tmp_path: Path)
     assert not held & words(take(data, 150).flatten(0, 1), data)
 
 
+def test_a_fraction_that_comes_to_no_document_is_said_and_training_goes_on(
+    open_: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n' * 5)
+    data = open_(train=[f"{tmp_path}/few.jsonl"], held_out_fraction=1e-9)
+    assert data.held_out(4) == []
+    assert caplog.messages == ["training.data.heldOutFraction 1e-09 comes to no document: no held-out loss"]
+    assert "a few words" in text_of(data, data.next_batch().tokens_BT[0])
+
+
+def test_held_out_globs_without_text_are_refused(open_: Open, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="none holds any text"):
+        open_(held_out=[f"{tmp_path}/none.jsonl"]).held_out(4)
+
+
 def test_errors_while_reading_ahead_surface_at_the_next_batch(open_: Open, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 30 + "broken\n")
     data = open_(train=[f"{tmp_path}/a.jsonl"], sequences=1, shuffle=False, held_out_fraction=0)
