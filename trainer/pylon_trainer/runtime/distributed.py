@@ -31,7 +31,7 @@ def collective() -> Iterator[None]:
     """Turns the failure of a collective into PeerLost."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own device, whose errors surface anywhere
         raise
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
