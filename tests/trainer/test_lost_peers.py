@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from gangs import run_pod, start_gang
 
+from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_trainer.checkpoint.checkpointer import Checkpointer
 from pylon_trainer.checkpoint.saver import Saver
@@ -22,8 +23,16 @@ from pylon_trainer.run import Run
 MakeConfig = Callable[..., dict[str, Any]]
 
 
-def die_in(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *, rank: str = "1", call: int = 1) -> None:
-    """Have one rank killed as it enters a method for the n-th time."""
+def die_in(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    method: str,
+    *,
+    rank: str = "1",
+    call: int = 1,
+    by: signal.Signals = signal.SIGKILL,
+) -> None:
+    """Have one rank killed, or frozen, as it enters a method for the n-th time."""
     original = getattr(owner, method)
     calls = 0
 
@@ -31,7 +40,7 @@ def die_in(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *, rank: s
         nonlocal calls
         calls += 1
         if os.environ["RANK"] == rank and calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return original(*arguments, **named)
 
     monkeypatch.setattr(owner, method, patched)
@@ -104,3 +113,15 @@ def test_a_peer_that_is_stuck_outside_of_any_collective_notices_too(
     assert second.wait() == 128 + signal.SIGKILL
     assert first.wait() == ExitCode.PEER_LOST
     assert first.report.message == "rank 1 died or its machine vanished"
+
+
+def test_a_peer_that_is_frozen_is_given_up_after_the_timeout(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die_in(monkeypatch, ExactExchange, "exchange", call=3, by=signal.SIGSTOP)
+    timeout = {names.ENV_COLLECTIVE_TIMEOUT_SECONDS: "4"}
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1), timeout)
+    assert first.wait() == ExitCode.PEER_LOST, first.log
+    assert first.report.message.startswith("a peer died or fell silent: ")
+    os.kill(second.pid, signal.SIGKILL)  # and with the launcher its frozen worker
+    assert second.wait() == 128 + signal.SIGKILL
