@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from gangs import run_pod, start_gang
 
 from pylon_api import names
 from pylon_api.names import ExitCode
+from pylon_trainer import worker
 from pylon_trainer.checkpoint.checkpointer import Checkpointer
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.consensus.exact import ExactExchange
@@ -73,6 +77,25 @@ def test_when_a_pod_is_lost_the_other_leaves_within_seconds(
     assert (first.report.reason, first.report.rank) == ("PeerLost", 0)
     assert "died" in first.report.message
     assert first.final.uid == "12345678-90ab"
+
+
+@pytest.mark.parametrize("call", random.Random(0).sample(range(1, 60_000), 4))
+def test_a_kill_at_any_moment_hangs_nobody(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Counted in calls of Python functions since the gang met, which a seed can draw and a person repeat."""
+    train = worker.train
+
+    def patched(*arguments: Any) -> None:
+        if os.environ["RANK"] == "1":
+            calls = itertools.count(1)
+            sys.setprofile(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == call else None)
+        train(*arguments)
+
+    monkeypatch.setattr(worker, "train", patched)
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1, schedule={"steps": 100_000}))
+    assert second.wait() == 128 + signal.SIGKILL
+    assert first.wait() == ExitCode.PEER_LOST, first.log
 
 
 def test_rank_0_killed_while_it_saves_leaves_no_checkpoint(
