@@ -142,7 +142,7 @@ def test_a_peer_that_is_frozen_is_given_up_after_the_timeout(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     die_in(monkeypatch, ExactExchange, "exchange", call=3, by=signal.SIGSTOP)
-    timeout = {names.ENV_COLLECTIVE_TIMEOUT_SECONDS: "4"}
+    timeout = {names.ENV_COLLECTIVE_TIMEOUT_SECONDS: "3"}
     first, second = start_gang(tmp_path, make_config(nodes=2, processes=1), timeout)
     assert first.wait() == ExitCode.PEER_LOST, first.log
     assert first.report.message.startswith("a peer died or fell silent: ")

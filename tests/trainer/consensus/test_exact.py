@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,7 @@ def run_ranks(take_part: Callable[[World], None], directory: Path, size: int) ->
 
 def test_two_ranks_get_the_gradients_of_distributed_data_parallel_bit_for_bit(tmp_path: Path) -> None:
     """With two ranks neither the order of the sum nor halving can round differently."""
+    importlib.import_module("torch._dynamo")  # DistributedDataParallel needs it: once here instead of in every rank
 
     def take_part(world: World) -> None:
         torch.manual_seed(0)

@@ -146,7 +146,7 @@ def test_sampled_gradients_are_unbiased() -> None:
         mean = torch.stack([flat(run(step, batch, number)[1]) for number in range(draws)]).mean(0)
         return float((mean - plain).norm() / plain.norm())
 
-    assert bias("Sampled", 800) < 0.08  # falls as 1 / sqrt(draws)
+    assert bias("Sampled", 200) < 0.16  # falls as 1 / sqrt(draws)
     assert bias("Top", 1) > 0.3
 
 
@@ -223,7 +223,10 @@ def test_evaluation_leaves_no_gradient_and_agrees_with_training() -> None:
 def test_compiled_blocks_share_one_graph_without_breaks_and_give_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """More blocks than torch compiles one function for (8), so that one graph for each would show."""
+    """More blocks than torch compiles one function for (8), so that one graph for each would show.
+
+    The backend counts the graphs and runs them as they are: code generation is torch's business, and slow.
+    """
     batch, gating = batch_of(), {"strategy": "GradientNorm", "token_ratio": 0.5}
     expected_loss, expected = run(step_of(model_of(layers=10), **gating), batch)
     graphs = []
@@ -243,14 +246,6 @@ def test_compiled_blocks_share_one_graph_without_breaks_and_give_the_same_gradie
     assert len(graphs) == 1
     step.evaluate(batch)
     assert len(graphs) == 2  # the one without gradients
-
-
-@pytest.mark.slow
-def test_compiled_for_this_machine_the_gradients_stay_the_same() -> None:
-    batch = batch_of()
-    _, expected = run(step_of(model_of()), batch)
-    _, actual = run(step_of(model_of(), compile=Compile.DEFAULT), batch)
-    assert_same(actual, expected, 1e-5)
 
 
 def test_ratio_falls_over_the_warm_up_in_few_steps() -> None:
