@@ -135,7 +135,14 @@ def _leave_results(run: Run, board: Board) -> None:
     board.update(phase=TrainerPhase.EXPORTING)
     evaluation = training.evaluation
     if evaluation.sample_prompt:
-        sample = generate(run.model, tokenizer, evaluation.sample_prompt, evaluation.sample_tokens, training.seed)
+        sample = generate(
+            run.model,
+            tokenizer,
+            evaluation.sample_prompt,
+            evaluation.sample_tokens,
+            training.seed,
+            sequence_length=training.data.sequence_length,
+        )
         board.update(sample=sample)
         logger.info(f"sample: {sample}")
     if training.export.format is ExportFormat.HUGGING_FACE:
