@@ -124,7 +124,6 @@ class Reason(enum.StrEnum):
     COMMITTED = "Committed"
     NONE_YET = "NoneYet"
     CHECKPOINTS_OFF = "CheckpointsOff"
-    CHECKPOINT_REQUESTED = "CheckpointRequested"
     CHECKPOINT_TIMED_OUT = "CheckpointTimedOut"
     # Succeeded
     IN_PROGRESS = "InProgress"

@@ -43,9 +43,6 @@ class Store(Generic[T]):
         """The views of one job's objects by their names."""
         return dict(self._by_job.get(job_uid, {}))
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def observe(self, obj: dict[str, Any]) -> None:
         """What the watch says: an object was added or changed."""
         self._seen_version = max(self._seen_version, _version(obj))
