@@ -184,7 +184,9 @@ class KubernetesCluster:
         try:
             await self._apply(job, action)
         except NamespaceTerminating:
-            self._terminating[job.metadata.namespace] = time.monotonic() + TERMINATING_SECONDS
+            now = time.monotonic()
+            self._terminating = {name: until for name, until in self._terminating.items() if until > now}
+            self._terminating[job.metadata.namespace] = now + TERMINATING_SECONDS
             raise
         except Forbidden as error:
             raise Refused(Reason.FORBIDDEN, str(error)) from error
