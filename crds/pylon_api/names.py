@@ -135,6 +135,8 @@ class Reason(enum.StrEnum):
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     FORBIDDEN = "Forbidden"
+    # An event only
+    NOTICE = "Notice"
     # Causes of a failed attempt, beside the names of ExitCode
     POD_FAILED = "PodFailed"
     POD_EVICTED = "PodEvicted"
