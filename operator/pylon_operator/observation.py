@@ -64,6 +64,7 @@ class AttemptView:
     deleting: bool = False
     edited: bool = False
     """A field that we own no longer holds what we wrote."""
+    creation_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

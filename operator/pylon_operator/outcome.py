@@ -23,6 +23,7 @@ from pylon_operator.conditions import (
 )
 from pylon_operator.observation import Action, Decision, EmitEvent
 from pylon_operator.situation import Situation
+from pylon_operator.waiting import explain
 
 RUNNING_REASONS = frozenset({Reason.TRAINING, Reason.SAVING_BEFORE_SUSPEND})
 
@@ -45,11 +46,12 @@ class Outcome:
 
 def conclude(s: Situation, outcome: Outcome) -> Decision:
     """The decision of an outcome, with its conditions, columns and events."""
-    ready = s.ready if outcome.status.attempt == s.status.attempt else 0
+    same_attempt = outcome.status.attempt == s.status.attempt
+    ready, waiting = (s.ready, explain(s)) if same_attempt else (0, None)
     nodes, generation = s.job.spec.nodes, s.job.metadata.generation
     states = [
         _suspended(s, outcome),
-        _pods_ready(ready, nodes),
+        _pods_ready(ready, nodes, waiting),
         State(
             ConditionType.RUNNING,
             TRUE if outcome.reason in RUNNING_REASONS else FALSE,
@@ -82,8 +84,8 @@ def _suspended(s: Situation, outcome: Outcome) -> State:
     return State(ConditionType.SUSPENDED, FALSE, Reason.NOT_SUSPENDED, messages.NOT_SUSPENDED)
 
 
-def _pods_ready(ready: int, nodes: int) -> State:
-    message = messages.pods_ready(ready, nodes)
+def _pods_ready(ready: int, nodes: int, waiting: str | None) -> State:
+    message = messages.pods_ready(ready, nodes, waiting)
     if ready == nodes:
         return State(ConditionType.PODS_READY, TRUE, Reason.ALL_PODS_READY, message)
     return State(ConditionType.PODS_READY, FALSE, Reason.PODS_NOT_READY, message)

@@ -1,0 +1,30 @@
+"""Says what keeps pods from running, in Kubernetes' own words: no node fits, an image cannot be pulled, a quota is used up.
+
+It only explains. A job waits for ever, because nodes, images and quotas come back without Pylon.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from pylon_operator import messages
+from pylon_operator.situation import Situation
+
+ON_THE_WAY = frozenset({"ContainerCreating", "PodInitializing"})
+"""What a kubelet gives as the reason while all goes well."""
+PATIENCE = timedelta(seconds=30)
+"""The Job controller makes pods within seconds; those that are missing later have been refused."""
+
+
+def explain(s: Situation) -> str | None:
+    """What the gang waits for, or None when nothing is in its way."""
+    if s.current is None or s.ended_by_itself:
+        return None
+    held = [pod for pod in s.pods if pod.phase == "Pending" and pod.reason and pod.reason not in ON_THE_WAY]
+    if held:
+        first = min(held, key=lambda pod: pod.index)
+        return messages.pods_wait(len(held), first.name, str(first.reason), first.message)
+    missing = s.job.spec.nodes - len(s.pods)
+    if missing > 0 and s.current.creation_time and s.now >= s.current.creation_time + PATIENCE:
+        return messages.pods_missing(missing, s.current.name)
+    return None
