@@ -94,7 +94,7 @@ def pods_wait(count: int, pod: str, reason: str, message: str) -> str:
 
 
 def pods_missing(count: int, job: str) -> str:
-    return f"{count} could not be created: `kubectl describe job {job}` says why, for example a quota"
+    return f"{count} do not exist yet: `kubectl describe job {job}` says why, for example a quota"
 
 
 def exhausted(reason: Reason, failure: FailureRecord, restarts: int) -> str:

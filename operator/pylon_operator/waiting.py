@@ -12,8 +12,8 @@ from pylon_operator.situation import Situation
 
 ON_THE_WAY = frozenset({"ContainerCreating", "PodInitializing"})
 """What a kubelet gives as the reason while all goes well."""
-PATIENCE = timedelta(seconds=30)
-"""The Job controller makes pods within seconds; those that are missing later have been refused."""
+PATIENCE = timedelta(seconds=20)
+"""The Job controller makes pods within seconds; those that are missing later were refused, or it is very busy."""
 
 
 def explain(s: Situation) -> str | None:
@@ -24,7 +24,13 @@ def explain(s: Situation) -> str | None:
     if held:
         first = min(held, key=lambda pod: pod.index)
         return messages.pods_wait(len(held), first.name, str(first.reason), first.message)
-    missing = s.job.spec.nodes - len(s.pods)
-    if missing > 0 and s.current.creation_time and s.now >= s.current.creation_time + PATIENCE:
-        return messages.pods_missing(missing, s.current.name)
+    if seconds_until_late(s) == 0:
+        return messages.pods_missing(s.job.spec.nodes - len(s.pods), s.current.name)
     return None
+
+
+def seconds_until_late(s: Situation) -> float | None:
+    """Seconds until pods that do not exist are worth a word, at least 0; None when none is missing."""
+    if s.current is None or s.current.creation_time is None or len(s.pods) >= s.job.spec.nodes:
+        return None
+    return max(0.0, (s.current.creation_time + PATIENCE - s.now).total_seconds())

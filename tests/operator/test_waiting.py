@@ -21,11 +21,11 @@ def starting(seconds: float = 5, **job: object) -> Scene:
     ("scene", "message"),
     [
         (starting(), "0 of 2 pods are ready"),
-        (starting(29), "0 of 2 pods are ready"),
+        (starting(19), "0 of 2 pods are ready"),
         (
-            starting(30).pod(0),
+            starting(20).pod(0),
             "0 of 2 pods are ready; "
-            "1 could not be created: `kubectl describe job demo-a1` says why, for example a quota",
+            "1 do not exist yet: `kubectl describe job demo-a1` says why, for example a quota",
         ),
         (starting(99, failed=True).pod(0, phase="Failed", finished_time=ago(1)), "0 of 2 pods are ready"),
         (starting(99, complete=True), "0 of 2 pods are ready"),
@@ -45,6 +45,11 @@ def starting(seconds: float = 5, **job: object) -> Scene:
 )
 def test_pods_ready_says_what_pods_wait_for(scene: Scene, message: str) -> None:
     assert condition(scene.decide(), ConditionType.PODS_READY).message == message
+
+
+def test_looks_again_when_pods_are_late() -> None:
+    assert starting(5).decide().requeue_after_seconds == 15
+    assert starting(20).decide().requeue_after_seconds == 60
 
 
 def test_words_of_others_never_break_the_status() -> None:
