@@ -49,7 +49,9 @@ def find_failure(s: Situation) -> Failure | None:
     failed = [pod for pod in s.pods if pod.failed or is_stuck(pod, s.now)]
     if failed:
         return _explain(s, _cause(failed)) if _settled(s, failed) else None
-    if s.current.failed:
+    # Jobs and pods are watched apart: while all pods are there and some live, what failed the Job is yet to be seen.
+    still_whole = len(s.pods) >= s.job.spec.nodes and not all(pod.terminal for pod in s.pods)
+    if s.current.failed and not still_whole:
         return _failure(s, Reason.POD_DELETED, messages.pod_vanished(s.current.reason))
     return None
 
