@@ -142,5 +142,6 @@ class Reason(enum.StrEnum):
     POD_EVICTED = "PodEvicted"
     POD_DELETED = "PodDeleted"
     NODE_LOST = "NodeLost"
+    PREEMPTED = "Preempted"
     OOM_KILLED = "OOMKilled"
     JOB_DELETED = "JobDeleted"
