@@ -5,7 +5,7 @@ running statistics of `kernels.score.triton`; a small second kernel joins the ru
 every sum depend on the shapes alone: the same input gives the same bits.
 
 Shapes: N rows (tokens), H hidden width, V vocabulary, S runs, C columns of a chunk of logits, K chosen rows;
-in a tile: M rows, C columns, D elements of the inner product.
+in a tile: M rows, C columns, P pairs of columns, D elements of the inner product.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Tiling:
     warps: int
 
 
-# Measured on an H200: a third load in flight hides memory, a fourth costs registers; joining the two loops (`flatten`)
-# makes the compiler clear the accumulator with selects in every step and costs 15 %.
-TENSOR_CORES = Tiling(rows=128, columns=256, depth=64, run=4, group=16, stages=3, warps=8)
+# Measured on an H200 at 16,384 x 49,152 x 2048: four stages are 4 % slower than three, square tiles of 128 9 %. Joining
+# the two loops (`flatten`) makes the compiler clear the accumulator with selects in every step and costs 14 %.
+TENSOR_CORES = Tiling(rows=128, columns=256, depth=64, run=4, group=32, stages=3, warps=8)
 FULL_PRECISION = Tiling(rows=64, columns=64, depth=32, run=16, group=32, stages=2, warps=4)
 """float32 without tensor cores: slow and exact."""
 
@@ -75,7 +75,9 @@ def _head_kernel(
             x_MC = tl.dot(hidden_MD, weight_CD.T, x_MC, input_precision="ieee")
         if v + C > V:
             x_MC = tl.where((v + tl.arange(0, C) < V)[None, :], x_MC, LOWEST)
-        first_M, second_M = tl.reduce((x_MC, tl.full([M, C], LOWEST, tl.float32)), 1, merge_top_two)
+        # Ordered pairs from the two halves, which the tensor cores' layout leaves in one thread: fewer comparisons.
+        left_MP, right_MP = tl.split(tl.permute(tl.reshape(x_MC, [M, 2, C // 2]), [0, 2, 1]))
+        first_M, second_M = tl.reduce((tl.maximum(left_MP, right_MP), tl.minimum(left_MP, right_MP)), 1, merge_top_two)
         new_m1_M, m2_M = merge_top_two(m1_M, m2_M, first_M, second_M)
         s_M, t_M, q_M = rescale(m1_M, s_M, t_M, q_M, new_m1_M)
         d_MC = x_MC * LOG2_E - (new_m1_M * LOG2_E)[:, None]

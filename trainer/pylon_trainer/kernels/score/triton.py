@@ -1,11 +1,11 @@
 """Scores of rows of logits in one pass over the vocabulary.
 
 Each lane keeps the running statistics of the columns that it has seen; lanes meet once, at the end of the row. That
-leaves nine arithmetic instructions per logit, so the pass runs at the speed of memory. The order of every sum is fixed:
-the same input gives the same bits.
+leaves ten or eleven instructions per logit, few enough for the pass to run near the speed of memory. The order of every
+sum is fixed: the same input gives the same bits.
 
 Running statistics of columns x (Milakov and Gimelshein 2018, arXiv:1805.02867, carried on to entropy and gradient
-norm), with d = (x - m1) log2(e) so that -inf never meets a product and large logits do not cancel:
+norm), with d = (x - m1) log2(e), which is small where it counts, so that large logits do not cancel:
 
     m1, m2   largest and second largest        s = sum 2^d        t = sum d 2^d        q = sum 4^d
 
