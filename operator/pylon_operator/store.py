@@ -69,7 +69,7 @@ class Store(Generic[T]):
             self._drop((namespace, name))
 
     def keep_only(self, listed: set[tuple[str, str]], namespace: str | None, version: str) -> None:
-        """After a list at `version`: whatever of `namespace` (None: all) was not in it is gone, unless we made it since."""
+        """After a list at `version`: what of `namespace` (None: all) was not in it is gone, unless we made it since."""
         self._seen_version = max(self._seen_version, int(version))
         for place, entry in list(self._entries.items()):
             if namespace in (None, place[0]) and place not in listed and entry.version <= int(version):

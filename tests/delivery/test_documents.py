@@ -35,7 +35,9 @@ def test_examples_are_valid(example: Path) -> None:
 
 
 def test_every_variable_of_ours_is_explained() -> None:
-    sources = [path for folder in ("crds", "operator", "trainer", "tests/cluster") for path in ROOT.glob(f"{folder}/**/*.py")]
+    sources = [
+        path for folder in ("crds", "operator", "trainer", "tests/cluster") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
     named = {name for path in sources for name in re.findall(r'"(PYLON_[A-Z_]+)"', path.read_text())}
     assert len(named) > 8
     explained = set(re.findall(r"`(PYLON_[A-Z_]+)`", (ROOT / "docs" / "development.md").read_text()))

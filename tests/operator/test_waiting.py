@@ -24,8 +24,7 @@ def starting(seconds: float = 5, **job: object) -> Scene:
         (starting(19), "0 of 2 pods are ready"),
         (
             starting(20).pod(0),
-            "0 of 2 pods are ready; "
-            "1 do not exist yet: `kubectl describe job demo-a1` says why, for example a quota",
+            "0 of 2 pods are ready; 1 do not exist yet: `kubectl describe job demo-a1` says why, for example a quota",
         ),
         (starting(99, failed=True).pod(0, phase="Failed", finished_time=ago(1)), "0 of 2 pods are ready"),
         (starting(99, complete=True), "0 of 2 pods are ready"),

@@ -5,8 +5,8 @@ the attempt is the one that failed first, a mere consequence (PeerLost, Stopped)
 mistake of the user's always. Nothing is decided before all pods have spoken or a short while has passed, because the
 culprit's node may report later than its victims'.
 
-A pod that is being evicted, preempted or drained ends its attempt as soon as that is seen: it is lost for sure, all save
-within their grace, and once it has gone nothing would tell why.
+A pod that is being evicted, preempted or drained ends its attempt as soon as that is seen: it is lost for sure, all
+pods save within their grace, and once it has gone nothing would tell why.
 """
 
 from __future__ import annotations
