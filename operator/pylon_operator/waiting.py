@@ -1,4 +1,4 @@
-"""Says what keeps pods from running, in Kubernetes' own words: no node fits, an image cannot be pulled, a quota is full.
+"""Says what keeps pods from running, in Kubernetes' own words: no node fits, no image, a full quota.
 
 It only explains. A job waits for ever, because nodes, images and quotas come back without Pylon.
 """
