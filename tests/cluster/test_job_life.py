@@ -21,7 +21,8 @@ from pylon_api import names
 
 pytestmark = pytest.mark.usefixtures("crd", "operator")
 
-FOR_EVER = ["sleep", "3600"]
+FOR_EVER = ["sh", "-c", "trap 'sleep 1; exit 75' TERM; sleep 3600 & wait"]
+"""As the trainer does: a moment to save, then the code for being told to stop."""
 PODS = "/api/v1/namespaces/{}/pods"
 
 
