@@ -28,7 +28,7 @@ from pylon_operator.poll import Poller
 from pylon_operator.reconcile import reconcile
 from pylon_operator.watch import Watch
 
-LOOK_AGAIN_SECONDS = 0.5
+LOOK_AGAIN_SECONDS = 0.1
 
 
 class Killed(Exception):
