@@ -125,7 +125,6 @@ class Reason(enum.StrEnum):
     COMMITTED = "Committed"
     NONE_YET = "NoneYet"
     CHECKPOINTS_OFF = "CheckpointsOff"
-    CHECKPOINT_REQUESTED = "CheckpointRequested"
     CHECKPOINT_TIMED_OUT = "CheckpointTimedOut"
     # Succeeded
     IN_PROGRESS = "InProgress"
@@ -137,10 +136,13 @@ class Reason(enum.StrEnum):
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     FORBIDDEN = "Forbidden"
+    # An event only
+    NOTICE = "Notice"
     # Causes of a failed attempt, beside the names of ExitCode
     POD_FAILED = "PodFailed"
     POD_EVICTED = "PodEvicted"
     POD_DELETED = "PodDeleted"
     NODE_LOST = "NodeLost"
+    PREEMPTED = "Preempted"
     OOM_KILLED = "OOMKilled"
     JOB_DELETED = "JobDeleted"
