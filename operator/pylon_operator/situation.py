@@ -151,10 +151,11 @@ def _shown(value: Any) -> Any:
 
 
 def _reports(uid: str, trainer: TrainerStatus | None, pods: tuple[PodView, ...]) -> Iterator[TrainerStatus]:
-    if trainer:
-        yield trainer
+    """Last words first: of two reports of one step they are the later one, and know of the sample and the export."""
     for pod in pods:
         # Only rank 0's pod reports progress; a gang may have thousands.
         report = termination_report(pod) if pod.terminal and pod.index == 0 else None
         if report and report.final and report.final.uid == uid:
             yield report.final
+    if trainer:
+        yield trainer

@@ -179,6 +179,15 @@ def test_what_training_left_is_shown() -> None:
     assert training.sample == "def main" * 250
 
 
+def test_last_words_count_more_than_an_answer_of_the_same_step() -> None:
+    """Rank 0 was asked after its last step, but before the export."""
+    final = a_trainer(step=100, export_uri="s3://b/export")
+    scene = Scene(nodes=1).recorded(attempt=1, attempt_start_time=ago(60)).batch_job(complete=True).trainer(step=100)
+    training = scene.pod(0, phase="Succeeded", message=a_report(0, "Succeeded", final=final)).decide().status.training
+    assert training is not None
+    assert training.export_uri == "s3://b/export"
+
+
 def test_figures_on_the_resource_are_rounded() -> None:
     training = Scene().running().trainer(loss=2.123456789, tokens_per_second=5120.123456).decide().status.training
     assert training is not None
