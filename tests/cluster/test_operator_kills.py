@@ -77,7 +77,7 @@ class MortalOperator:
             yield KubernetesCluster(api, children, poller, events, default_image="none", token_key=b"key")
 
 
-async def live(job: AppliedJob, operator: MortalOperator, cluster: Cluster, api: BlockingApi) -> dict[str, str]:
+async def live(job: AppliedJob, operator: MortalOperator, api: BlockingApi) -> dict[str, str]:
     """A job is taken up, loses its Job to somebody else, starts again, and is suspended. uids of its Jobs by name."""
     made: dict[str, str] = {}
 
@@ -93,7 +93,8 @@ async def live(job: AppliedJob, operator: MortalOperator, cluster: Cluster, api:
         return look() == [name] and job.seen.status.attempt_job_uid == made[name]
 
     await operator.work(job, lambda: is_on_record(f"{job.name}-a1"))
-    cluster.kubectl("delete", "job", f"{job.name}-a1", "--namespace", job.namespace)
+    gone = f"/apis/batch/v1/namespaces/{job.namespace}/jobs/{job.name}-a1"
+    api.delete(gone, propagationPolicy="Background")
     await operator.work(job, lambda: is_on_record(f"{job.name}-a2"))
     job.patch(suspend=True)
     await operator.work(job, lambda: not look() and job.condition("Suspended")[0] == "True")
@@ -118,7 +119,7 @@ async def test_killed_before_every_write(
         }
         job = apply(manifest)
         operator = MortalOperator(credentials, number)
-        made = await live(job, operator, control_plane, api)
+        made = await live(job, operator, api)
         status = job.seen.status
         assert set(made) == {f"{job.name}-a1", f"{job.name}-a2"}
         assert (status.attempt, status.restarts, len(status.failures)) == (3, 1, 1)
