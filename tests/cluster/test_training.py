@@ -147,6 +147,27 @@ def test_a_killed_pod_restarts_the_gang_from_the_committed_step(
     assert all(pod.startswith("tree-a2-") for pod in nodes.live_pods(namespace)), "one gang lives"
 
 
+@pytest.mark.slow
+def test_a_dead_node_holds_up_neither_job_nor_next_attempt(
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+) -> None:
+    """Its pod never ends, for no kubelet says so: after grace and patience it is removed by force."""
+    nodes.add("node-0", gpus=8)
+    evict_soon = {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "tolerationSeconds": 1}
+    template = {"spec": {"tolerations": [{**evict_soon, "effect": "NoExecute"}]}}
+    job = apply(manifest(text, tmp_path, steps=ENDLESS, checkpointTimeoutSeconds=0, template=template))
+    committed = job.wait_for_commit()
+
+    nodes.lose("node-0")
+    nodes.add("node-1", gpus=8)
+
+    job.wait(lambda seen: "-attempt-000002-" in seen.status.checkpoint.uri, "attempt 2 commits", 240)
+    assert job.seen.status.failures[0].reason in ("NodeLost", "PodEvicted", "Preempted")
+    assert [pod.node for pod in nodes.pods() if pod.namespace == namespace] == ["node-1"]
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
+    assert restored_step(nodes.logs(namespace, rank_zero)) >= committed
+
+
 def test_suspend_saves_first_and_resume_goes_on(
     apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
 ) -> None:
