@@ -207,7 +207,7 @@ class Condition(Report):
 
 
 class TrainingProgress(Report):
-    """How far training is, as rank 0 last said."""
+    """How far training is, as rank 0 last said. Its fields are those of TrainerStatus; losses and rates are rounded."""
 
     step: int = Field(default=0, ge=0)
     """Optimizer steps done."""
@@ -225,6 +225,12 @@ class TrainingProgress(Report):
     """Share of tokens that carried gradient."""
     bytes_per_step: int | None = None
     """Bytes that one rank exchanged per step, the larger of sent and received."""
+    notices: list[str] = Field(default=[], max_length=20)
+    """What a person should know, for example a damaged checkpoint that was passed over; newest last."""
+    sample: str | None = None
+    """Generated text, at the end; its beginning if it is long."""
+    export_uri: str | None = None
+    """Where the export went."""
 
 
 class FailureRecord(Report):

@@ -60,6 +60,7 @@ ENV_SCRATCH = "PYLON_SCRATCH"
 ENV_TERMINATION_LOG = "PYLON_TERMINATION_LOG"
 ENV_GRACE_SECONDS = "PYLON_GRACE_SECONDS"
 ENV_TOPOLOGY_FILE = "PYLON_TOPOLOGY_FILE"
+ENV_COLLECTIVE_TIMEOUT_SECONDS = "PYLON_COLLECTIVE_TIMEOUT_SECONDS"
 
 
 class ExitCode(enum.IntEnum):
@@ -124,7 +125,6 @@ class Reason(enum.StrEnum):
     COMMITTED = "Committed"
     NONE_YET = "NoneYet"
     CHECKPOINTS_OFF = "CheckpointsOff"
-    CHECKPOINT_REQUESTED = "CheckpointRequested"
     CHECKPOINT_TIMED_OUT = "CheckpointTimedOut"
     # Succeeded
     IN_PROGRESS = "InProgress"
@@ -136,10 +136,13 @@ class Reason(enum.StrEnum):
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     FORBIDDEN = "Forbidden"
+    # An event only
+    NOTICE = "Notice"
     # Causes of a failed attempt, beside the names of ExitCode
     POD_FAILED = "PodFailed"
     POD_EVICTED = "PodEvicted"
     POD_DELETED = "PodDeleted"
     NODE_LOST = "NodeLost"
+    PREEMPTED = "Preempted"
     OOM_KILLED = "OOMKilled"
     JOB_DELETED = "JobDeleted"

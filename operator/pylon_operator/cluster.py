@@ -102,6 +102,8 @@ class KubernetesCluster:
         """Every job that this operator acts on, for polling and metrics."""
         self._terminating: dict[str, float] = {}
         self._written: dict[JobKey, Written] = {}
+        self._heard: dict[JobKey, int] = {}
+        """The version of each job that its watch told of last."""
         self._nodes = NodeLabels(api)
 
     # Reads
@@ -131,13 +133,14 @@ class KubernetesCluster:
             missing_children=self._missing(job),
         )
 
-    def is_own_write(self, key: JobKey, version: str) -> bool:
-        """Whether this version of the job is the one that our last status write made.
+    def is_news(self, key: JobKey, version: str) -> bool:
+        """Whether this version of the job, which its watch tells of, is not the one that our last status write made.
 
-        It tells nothing new: that write rested on the version before it, so whatever others changed was seen by then.
+        That one tells nothing new: the write rested on the version before it, so what others changed was seen by then.
         """
+        self._heard[key] = int(version or 0)
         written = self._written.get(key)
-        return written is not None and written.version == version
+        return written is None or written.version != version
 
     async def _read(self, namespace: str, name: str) -> Object | None:
         try:
@@ -145,15 +148,20 @@ class KubernetesCluster:
         except NotFound:
             self.current.pop((namespace, name), None)
             self._written.pop((namespace, name), None)
+            self._heard.pop((namespace, name), None)
             return None
 
     def _just_written(self, key: JobKey) -> Object | None:
-        """The answer to our own write, once: if someone wrote since, the next write is refused by its version."""
+        """The answer to our own write, once, unless someone is known to have written since.
+
+        If someone did whom we have not heard of yet, the next write is refused by its version, or the watch tells.
+        """
         written = self._written.get(key)
         if written is None:
             return None
         answer, written.answer = written.answer, None
-        return answer if time.monotonic() - written.time < OWN_WRITE_SECONDS else None
+        overtaken = self._heard.get(key, 0) > int(written.version)
+        return None if overtaken or time.monotonic() - written.time >= OWN_WRITE_SECONDS else answer
 
     def targets(self) -> Iterator[Target]:
         """Rank 0 of every job whose current attempt has one that runs."""
@@ -184,7 +192,9 @@ class KubernetesCluster:
         try:
             await self._apply(job, action)
         except NamespaceTerminating:
-            self._terminating[job.metadata.namespace] = time.monotonic() + TERMINATING_SECONDS
+            now = time.monotonic()
+            self._terminating = {name: until for name, until in self._terminating.items() if until > now}
+            self._terminating[job.metadata.namespace] = now + TERMINATING_SECONDS
             raise
         except Forbidden as error:
             raise Refused(Reason.FORBIDDEN, str(error)) from error

@@ -15,6 +15,9 @@ from pylon_operator.observation import EmitEvent
 
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 
+MAX_MESSAGE_LENGTH = 4096
+"""Of a condition. Messages hold words of others, and the schema refuses what is too long."""
+
 QUIET = frozenset(
     {
         Reason.NOT_SUSPENDED,
@@ -81,7 +84,7 @@ def set_conditions(
                 type=state.type,
                 status=state.status,
                 reason=state.reason,
-                message=state.message,
+                message=state.message[:MAX_MESSAGE_LENGTH],
                 last_transition_time=previous.last_transition_time if previous and unmoved else now,
                 observed_generation=generation,
             )

@@ -37,10 +37,6 @@ class DueSet(Generic[K]):
         self._push(key, when)
         metrics.QUEUE_DEPTH.set(len(self._due))
 
-    def forget(self, key: K) -> None:
-        """Drop what was due for `key`."""
-        self._due.pop(key, None)
-
     def oldest_running_seconds(self) -> float:
         """How long the longest of the present reconciles has been at it; 0 when none is."""
         return max(0.0, time.monotonic() - min(self._running.values(), default=float("inf")))

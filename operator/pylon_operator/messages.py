@@ -85,8 +85,16 @@ def committed(checkpoint: CheckpointReport) -> str:
     return f"Step {checkpoint.step} at {checkpoint.uri}"
 
 
-def pods_ready(ready: int, nodes: int) -> str:
-    return f"{ready} of {nodes} pods are ready"
+def pods_ready(ready: int, nodes: int, waiting: str | None) -> str:
+    return f"{ready} of {nodes} pods are ready" + (f"; {waiting}" if waiting else "")
+
+
+def pods_wait(count: int, pod: str, reason: str, message: str) -> str:
+    return f"{count} cannot start, {pod}: {reason}" + (f": {message}" if message else "")
+
+
+def pods_missing(count: int, job: str) -> str:
+    return f"{count} do not exist yet: `kubectl describe job {job}` says why, for example a quota"
 
 
 def exhausted(reason: Reason, failure: FailureRecord, restarts: int) -> str:

@@ -11,6 +11,9 @@ from datetime import datetime
 from pylon_api.job import PylonJob, PylonJobStatus
 from pylon_api.run import TrainerStatus
 
+DISRUPTED = frozenset({"Preempted", "Evicted", "NodeLost"})
+"""Reasons of a pod that ends through no doing of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class PodView:
@@ -48,6 +51,11 @@ class PodView:
         """Whether its trainer has failed, even if a sidecar keeps the pod running."""
         return self.phase == "Failed" or self.exit_code not in (None, 0)
 
+    @property
+    def disrupted(self) -> bool:
+        """Whether the cluster is taking it away: evicted, preempted, or its node drained or lost."""
+        return self.deletion_time is not None and not self.terminal and self.reason in DISRUPTED
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptView:
@@ -64,6 +72,7 @@ class AttemptView:
     deleting: bool = False
     edited: bool = False
     """A field that we own no longer holds what we wrote."""
+    creation_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

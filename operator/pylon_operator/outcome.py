@@ -5,9 +5,10 @@ The stages (see plan) say where the job stands and why, once; nothing else sets 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pylon_api.job import PylonJobStatus
+from pylon_api.job import PylonJobStatus, TrainingProgress
 from pylon_api.names import ConditionType, Reason
 from pylon_operator import messages
 from pylon_operator.conditions import (
@@ -20,8 +21,9 @@ from pylon_operator.conditions import (
     set_conditions,
     transitions,
 )
-from pylon_operator.observation import Action, Decision
+from pylon_operator.observation import Action, Decision, EmitEvent
 from pylon_operator.situation import Situation
+from pylon_operator.waiting import explain
 
 RUNNING_REASONS = frozenset({Reason.TRAINING, Reason.SAVING_BEFORE_SUSPEND})
 
@@ -44,11 +46,12 @@ class Outcome:
 
 def conclude(s: Situation, outcome: Outcome) -> Decision:
     """The decision of an outcome, with its conditions, columns and events."""
-    ready = s.ready if outcome.status.attempt == s.status.attempt else 0
+    same_attempt = outcome.status.attempt == s.status.attempt
+    ready, waiting = (s.ready, explain(s)) if same_attempt else (0, None)
     nodes, generation = s.job.spec.nodes, s.job.metadata.generation
     states = [
         _suspended(s, outcome),
-        _pods_ready(ready, nodes),
+        _pods_ready(ready, nodes, waiting),
         State(
             ConditionType.RUNNING,
             TRUE if outcome.reason in RUNNING_REASONS else FALSE,
@@ -68,7 +71,8 @@ def conclude(s: Situation, outcome: Outcome) -> Decision:
         "ready": f"{ready}/{nodes}",
     }
     status = outcome.status.model_copy(update=derived)
-    return Decision(status, (*outcome.actions, *transitions(before, after)), outcome.requeue)
+    events = (*transitions(before, after), *_notices(s.job.status.training, status.training))
+    return Decision(status, (*outcome.actions, *events), outcome.requeue)
 
 
 def _suspended(s: Situation, outcome: Outcome) -> State:
@@ -80,8 +84,8 @@ def _suspended(s: Situation, outcome: Outcome) -> State:
     return State(ConditionType.SUSPENDED, FALSE, Reason.NOT_SUSPENDED, messages.NOT_SUSPENDED)
 
 
-def _pods_ready(ready: int, nodes: int) -> State:
-    message = messages.pods_ready(ready, nodes)
+def _pods_ready(ready: int, nodes: int, waiting: str | None) -> State:
+    message = messages.pods_ready(ready, nodes, waiting)
     if ready == nodes:
         return State(ConditionType.PODS_READY, TRUE, Reason.ALL_PODS_READY, message)
     return State(ConditionType.PODS_READY, FALSE, Reason.PODS_NOT_READY, message)
@@ -101,3 +105,11 @@ def _succeeded(outcome: Outcome) -> State:
         return State(ConditionType.SUCCEEDED, UNKNOWN, Reason.IN_PROGRESS, messages.IN_PROGRESS)
     status = TRUE if outcome.reason is Reason.COMPLETED else FALSE
     return State(ConditionType.SUCCEEDED, status, outcome.reason, outcome.message)
+
+
+def _notices(before: TrainingProgress | None, after: TrainingProgress | None) -> Iterator[EmitEvent]:
+    """One event for each notice that is not on record yet; a termination message may repeat its beginning."""
+    known = before.notices if before else []
+    for notice in after.notices if after else []:
+        if not any(told.startswith(notice) for told in known):
+            yield EmitEvent("Warning", Reason.NOTICE, notice)

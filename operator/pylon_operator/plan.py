@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pylon_api import names
 from pylon_api.job import FailureAction, PylonJobStatus
 from pylon_api.names import ConditionType, Reason
-from pylon_operator import messages
+from pylon_operator import messages, waiting
 from pylon_operator.conditions import find
 from pylon_operator.errors import Refused
 from pylon_operator.observation import (
@@ -110,12 +110,13 @@ def _watch(s: Situation) -> Outcome:
         SETTLE.total_seconds() if any(pod.failed for pod in s.pods) else RECHECK_SECONDS,
         deadline.remaining_seconds(s.job.spec, status, s.now),
         stuck.seconds_until_next(s.pods, s.now),
+        waiting.seconds_until_late(s) or None,
     )
     actions = _repairs(s) + _annotations(s)
     if s.all_run:
         return Outcome(status, Reason.TRAINING, messages.training(attempt, s.trainer), actions, wait)
-    waiting = messages.waiting_for_pods(attempt, started, nodes)
-    return Outcome(status, Reason.WAITING_FOR_PODS, waiting, actions, wait)
+    message = messages.waiting_for_pods(attempt, started, nodes)
+    return Outcome(status, Reason.WAITING_FOR_PODS, message, actions, wait)
 
 
 def _fail_or_restart(s: Situation, failure: Failure) -> Outcome:

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from pylon_api.run import TrainerStatus
 
+MAX_BYTES = 1 << 20
+"""Of an answer; a status takes kilobytes, and one user's pod must not fill the operator's memory."""
 TIMEOUT = aiohttp.ClientTimeout(total=3)
 """A trainer answers from a thread of its own in milliseconds; whoever takes longer is as good as gone."""
 
@@ -20,7 +22,7 @@ async def get_status(session: aiohttp.ClientSession, host: str, port: int) -> Tr
     try:
         async with session.get(f"http://{host}:{port}/status", timeout=TIMEOUT) as answer:
             answer.raise_for_status()
-            return TrainerStatus.model_validate_json(await answer.read())
+            return TrainerStatus.model_validate_json(await _read(answer))
     except (aiohttp.ClientError, TimeoutError, ValidationError):
         return None
 
@@ -33,3 +35,12 @@ async def request_checkpoint(session: aiohttp.ClientSession, host: str, port: in
             return answer.ok
     except (aiohttp.ClientError, TimeoutError):
         return False
+
+
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    body = b""
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise aiohttp.ClientPayloadError(f"an answer of more than {MAX_BYTES} bytes")
+    return body

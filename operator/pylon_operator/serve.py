@@ -150,7 +150,7 @@ class _Operator:
                 cluster = await self._start(api, poller, group)
 
                 def moved(job: JobKey, version: str) -> None:
-                    if not cluster.is_own_write(job, version):
+                    if cluster.is_news(job, version):
                         self._due.mark(job)
 
                 await watch_jobs(moved, credentials, options.namespaces)

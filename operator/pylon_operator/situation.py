@@ -17,6 +17,11 @@ from pylon_api.run import TerminationReport, TrainerPhase, TrainerStatus
 from pylon_operator.observation import AttemptView, Observed, PodView
 from pylon_operator.policies import restart
 
+DECIMALS = 4
+"""Of losses and rates on the resource, which people read in a column; logs and metrics have them in full."""
+MAX_TEXT_LENGTH = 2000
+"""Of a notice or sample on the resource."""
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:
@@ -124,7 +129,7 @@ def _read_progress(job: PylonJob, trainer: TrainerStatus | None, pods: tuple[Pod
     speaking = [r for r in reports if r.phase not in (TrainerPhase.STARTING, TrainerPhase.RESTORING)]
     if speaking:
         newest = max(speaking, key=lambda report: (report.attempt, report.step))
-        progress = {field: getattr(newest, field) for field in TrainingProgress.model_fields}
+        progress = {field: _shown(getattr(newest, field)) for field in TrainingProgress.model_fields}
         status = status.model_copy(update={"training": TrainingProgress(**progress)})
     known = [status.checkpoint, *(report.checkpoint for report in reports)]
     committed = [checkpoint for checkpoint in known if checkpoint]
@@ -134,11 +139,23 @@ def _read_progress(job: PylonJob, trainer: TrainerStatus | None, pods: tuple[Pod
     return restart.forgive(status)
 
 
+def _shown(value: Any) -> Any:
+    match value:
+        case float():
+            return round(value, DECIMALS)
+        case str():
+            return value[:MAX_TEXT_LENGTH]
+        case list():
+            return [_shown(item) for item in value]
+    return value
+
+
 def _reports(uid: str, trainer: TrainerStatus | None, pods: tuple[PodView, ...]) -> Iterator[TrainerStatus]:
-    if trainer:
-        yield trainer
+    """Last words first: of two reports of one step they are the later one, and know of the sample and the export."""
     for pod in pods:
         # Only rank 0's pod reports progress; a gang may have thousands.
         report = termination_report(pod) if pod.terminal and pod.index == 0 else None
         if report and report.final and report.final.uid == uid:
             yield report.final
+    if trainer:
+        yield trainer

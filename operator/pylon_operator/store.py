@@ -43,9 +43,6 @@ class Store(Generic[T]):
         """The views of one job's objects by their names."""
         return dict(self._by_job.get(job_uid, {}))
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def observe(self, obj: dict[str, Any]) -> None:
         """What the watch says: an object was added or changed."""
         self._seen_version = max(self._seen_version, _version(obj))
@@ -63,19 +60,20 @@ class Store(Generic[T]):
         """What the watch says: an object is gone."""
         metadata = obj["metadata"]
         self._seen_version = max(self._seen_version, _version(obj))
-        self._drop((metadata["namespace"], metadata["name"]))
+        self.deleted(metadata["namespace"], metadata["name"], metadata["uid"])
 
     def deleted(self, namespace: str, name: str, uid: str) -> None:
-        """What the answer to our own delete says: the object of this uid is gone."""
+        """The object of this uid is gone, as the answer to our own delete says; a successor of its name stays."""
         entry = self._entries.get((namespace, name))
         if entry is not None and entry.uid == uid:
             self._drop((namespace, name))
 
     def keep_only(self, listed: set[tuple[str, str]], namespace: str | None, version: str) -> None:
-        """After a list at `version`: whatever of `namespace` (None: all) was not in it is gone."""
+        """After a list at `version`: what of `namespace` (None: all) was not in it is gone, unless we made it since."""
         self._seen_version = max(self._seen_version, int(version))
-        for place in [p for p in self._entries if namespace in (None, p[0]) and p not in listed]:
-            self._drop(place)
+        for place, entry in list(self._entries.items()):
+            if namespace in (None, place[0]) and place not in listed and entry.version <= int(version):
+                self._drop(place)
 
     def _put(self, obj: dict[str, Any]) -> None:
         metadata = obj["metadata"]

@@ -32,6 +32,8 @@ class NodeLabels:
             found = await self._api.request("GET", NODES.path(name=node))
         except NotFound:  # removed since the pod was bound to it
             found = {"metadata": {}}
-        labels = found["metadata"].get("labels") or {}
-        self._known[node] = (time.monotonic(), labels)
+        labels, now = found["metadata"].get("labels") or {}, time.monotonic()
+        # Autoscalers bring ever new names: what would be asked for again anyway is not kept.
+        self._known = {name: known for name, known in self._known.items() if now - known[0] < NODE_LABELS_SECONDS}
+        self._known[node] = (now, labels)
         return labels

@@ -64,6 +64,7 @@ def attempt_view(job: JsonObject) -> tuple[AttemptView, int]:
         reason=failure.get("reason") or "",
         deleting="deletionTimestamp" in metadata,
         edited=spec.get("parallelism") != completions or spec.get("backoffLimit") != 0,
+        creation_time=_time(metadata.get("creationTimestamp")),
     )
     return view, completions
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from api import Api, Background, BlockingApi
+from applied_job import AppliedJob, Apply
 from control_plane import Cluster, existing_cluster
 from control_plane import control_plane as start_control_plane
 from nodes import Nodes
@@ -80,6 +81,12 @@ def crd(control_plane: Cluster) -> None:
     """The PylonJob CRD, applied and served."""
     control_plane.apply(build_crd())
     control_plane.kubectl("wait", "--for=condition=Established", f"crd/{names.PLURAL}.{names.GROUP}", "--timeout=30s")
+
+
+@pytest.fixture
+def apply(control_plane: Cluster, api: BlockingApi, namespace: str) -> Apply:
+    """Applies a PylonJob as its user would, and gives a handle on it."""
+    return lambda manifest, place=namespace: AppliedJob(control_plane, api, place, manifest)
 
 
 @pytest.fixture

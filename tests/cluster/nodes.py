@@ -109,6 +109,10 @@ class Nodes:
             if life.process is not None and not life.has_ended
         ]
 
+    def live_pods(self, namespace: str) -> list[str]:
+        """Names of those in one namespace, in order."""
+        return sorted(pod.name for pod in self.pods() if pod.namespace == namespace)
+
     def logs(self, namespace: str, name: str) -> str:
         """What the newest pod of this name has printed so far; it may have ended, but must have started."""
         for life in reversed(list(self._lives.values())):

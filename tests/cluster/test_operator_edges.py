@@ -15,10 +15,11 @@ import pytest
 from api import BlockingApi
 from control_plane import Cluster, KubectlError
 from operator_process import IMAGE, ROOT, OperatorProcess
+from operator_roles import granted, roles, running_operator
 from waiting import wait_for
 
 from pylon_api import names
-from pylon_operator.permissions import CLUSTER, OWN_NAMESPACE, WORKLOADS, Rule
+from pylon_operator.permissions import CLUSTER, WORKLOADS
 
 pytestmark = pytest.mark.usefixtures("crd")
 
@@ -27,59 +28,12 @@ JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 PYLON_JOBS = f"/apis/{names.API_VERSION}/namespaces/{{}}/{names.PLURAL}"
 
 
-def as_rbac(rule: Rule) -> dict[str, Any]:
-    named = {"resourceNames": list(rule.names)} if rule.names else {}
-    return {"apiGroups": [rule.group], "resources": [rule.resource], "verbs": list(rule.verbs), **named}
-
-
-def roles(account: str, cluster: tuple[Rule, ...], own: tuple[Rule, ...]) -> list[dict[str, Any]]:
-    """A ServiceAccount in HOME with exactly these rules."""
-    api, subject = "rbac.authorization.k8s.io/v1", {"kind": "ServiceAccount", "name": account, "namespace": HOME}
-    name, here = {"name": f"{HOME}-{account}"}, {"name": account, "namespace": HOME}
-    group = {"apiGroup": "rbac.authorization.k8s.io"}
-    return [
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": here},
-        {"apiVersion": api, "kind": "ClusterRole", "metadata": name, "rules": [as_rbac(rule) for rule in cluster]},
-        {
-            "apiVersion": api,
-            "kind": "ClusterRoleBinding",
-            "metadata": name,
-            "roleRef": {"kind": "ClusterRole", "name": name["name"], **group},
-            "subjects": [subject],
-        },
-        {"apiVersion": api, "kind": "Role", "metadata": here, "rules": [as_rbac(rule) for rule in own]},
-        {
-            "apiVersion": api,
-            "kind": "RoleBinding",
-            "metadata": here,
-            "roleRef": {"kind": "Role", "name": account, **group},
-            "subjects": [subject],
-        },
-    ]
-
-
 @pytest.fixture(scope="module")
-def home(control_plane: Cluster, api: BlockingApi) -> Iterator[str]:
-    """The operators' own namespace."""
-    api.create("/api/v1/namespaces", {"metadata": {"name": HOME}})
-    yield HOME
-    for kind in ("clusterrole", "clusterrolebinding"):
-        control_plane.kubectl("delete", kind, f"{HOME}-enough", f"{HOME}-too-little", "--ignore-not-found")
-    api.delete(f"/api/v1/namespaces/{HOME}")
-
-
-@pytest.fixture(scope="module")
-def kubeconfig(control_plane: Cluster, home: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    control_plane.apply(*roles("enough", WORKLOADS + CLUSTER, OWN_NAMESPACE))
-    return control_plane.kubeconfig_for(home, "enough", tmp_path_factory.mktemp("operator") / "kubeconfig")
-
-
-@pytest.fixture(scope="module")
-def operator(kubeconfig: Path) -> Iterator[OperatorProcess]:
-    running = OperatorProcess(kubeconfig, HOME, kubeconfig.with_name("operator.log"))
-    running.start()
-    yield running
-    running.stop()
+def operator(
+    control_plane: Cluster, api: BlockingApi, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
+    with running_operator(control_plane, api, HOME, tmp_path_factory.mktemp("operator")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -171,14 +125,13 @@ def test_a_template_that_the_api_server_refuses_ends_the_job_in_its_words(
 
 def test_a_second_operator_takes_over_when_the_first_stops(
     operator: OperatorProcess,
-    kubeconfig: Path,
     tmp_path: Path,
     api: BlockingApi,
     namespace: str,
     make: Callable[..., None],
 ) -> None:
     lease = f"/apis/coordination.k8s.io/v1/namespaces/{HOME}/leases/pylon-operator"
-    second = OperatorProcess(kubeconfig, HOME, tmp_path / "second.log")
+    second = OperatorProcess(operator.kubeconfig, HOME, tmp_path / "second.log")
     try:
         second.start()
         holder = api.get(lease)["spec"]["holderIdentity"]
@@ -191,18 +144,20 @@ def test_a_second_operator_takes_over_when_the_first_stops(
         operator.start()
 
 
-def test_a_missing_permission_is_one_line_with_the_rule(control_plane: Cluster, home: str, tmp_path: Path) -> None:
+def test_a_missing_permission_is_one_line_with_the_rule(
+    operator: OperatorProcess, control_plane: Cluster, tmp_path: Path
+) -> None:
     rules = tuple(rule for rule in WORKLOADS if rule.resource != "configmaps")
-    control_plane.apply(*roles("too-little", rules + CLUSTER, OWN_NAMESPACE))
-    kubeconfig = control_plane.kubeconfig_for(home, "too-little", tmp_path / "kubeconfig")
-    command = (sys.executable, "-m", "pylon_operator.cli", "operator", "--kubeconfig", str(kubeconfig))
-    done = subprocess.run(
-        [*command, "--image", IMAGE, "--lease-namespace", home, "--health-port", "0", "--metrics-port", "0"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-    )
+    with granted(control_plane, roles(HOME, "too-little", rules + CLUSTER)):
+        kubeconfig = control_plane.kubeconfig_for(HOME, "too-little", tmp_path / "kubeconfig")
+        command = (sys.executable, "-m", "pylon_operator.cli", "operator", "--kubeconfig", str(kubeconfig))
+        done = subprocess.run(
+            [*command, "--image", IMAGE, "--lease-namespace", HOME, "--health-port", "0", "--metrics-port", "0"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=60,
+        )
     assert done.returncode == 77
     assert len(done.stderr.splitlines()) == 1
     assert 'configmaps (add the rule {apiGroups: [\\"\\"], resources: [\\"configmaps\\"]' in done.stderr

@@ -5,32 +5,31 @@ Each test is a life that a user could watch with `kubectl get pylonjobs --watch`
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from api import BlockingApi
+from applied_job import Apply
 from control_plane import Cluster, KubectlError
 from gang_runner import GangRunner
 from nodes import Nodes
 from operator_process import ROOT, OperatorProcess
+from operator_roles import ACCOUNT, running_operator
 from waiting import wait_for
 
 from pylon_api import names
 from pylon_api.job import PylonJob
 from pylon_operator.local.pods import PodRunner as ProcessRunner
 
-pytestmark = pytest.mark.usefixtures("crd")
+pytestmark = pytest.mark.usefixtures("crd", "operator")
 helm = pytest.importorskip("helm_python", reason="Helm's engine is packaged for Linux only")
 
 RELEASE_NAMESPACE = "pylon-system"
 ENDLESS = 1_000_000
-START_SECONDS = 120
-"""Long enough for a gang to import torch and make its first step on two busy cores."""
 
 
 @pytest.fixture(scope="module")
@@ -40,72 +39,18 @@ def operator(
     """The operator, running with no other permission than the chart grants."""
     if not control_plane.is_emulated:
         pytest.skip("pods run as processes only on a control plane of our own, and this one was given by --kubeconfig")
-    api.create("/api/v1/namespaces", {"metadata": {"name": RELEASE_NAMESPACE}})
-    files = helm.Chart.load(ROOT / "charts" / "pylon").render({}, name="pylon", namespace=RELEASE_NAMESPACE)
+    files = helm.Chart.load(ROOT / "charts" / "pylon").render({}, name=ACCOUNT, namespace=RELEASE_NAMESPACE)
     objects = [obj for name, text in files.items() if name.endswith(".yaml") for obj in yaml.safe_load_all(text) if obj]
-    roles = [obj for obj in objects if obj["kind"] not in ("Deployment", "Service")]
-    control_plane.apply(*roles)
+    granted = [obj for obj in objects if obj["kind"] not in ("Deployment", "Service")]
     directory = tmp_path_factory.mktemp("operator")
-    kubeconfig = control_plane.kubeconfig_for(RELEASE_NAMESPACE, "pylon", directory / "kubeconfig")
-    running = OperatorProcess(kubeconfig, RELEASE_NAMESPACE, directory / "operator.log")
-    running.start()
-    yield running
-    running.stop()
-    control_plane.kubectl("delete", "-f", "-", "--wait=false", stdin=yaml.safe_dump_all(roles))
-    api.delete(f"/api/v1/namespaces/{RELEASE_NAMESPACE}")
+    with running_operator(control_plane, api, RELEASE_NAMESPACE, directory, granted) as running:
+        yield running
 
 
 @pytest.fixture
 def pod_runner(tmp_path: Path) -> GangRunner:
     paths = ":".join(str(ROOT / folder) for folder in ("crds", "operator", "trainer"))
     return GangRunner(ProcessRunner(tmp_path / "pods", {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}))
-
-
-class Job:
-    """One PylonJob: changed with kubectl, as a user would; looked at through the API, which is cheaper to repeat."""
-
-    def __init__(self, cluster: Cluster, api: BlockingApi, namespace: str, manifest: dict[str, Any]) -> None:
-        self._cluster = cluster
-        self._api = api
-        self.namespace = namespace
-        self.name: str = manifest["metadata"]["name"]
-        self._kubectl("apply", "-f", "-", stdin=yaml.safe_dump(manifest))
-
-    def _kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        return self._cluster.kubectl("--namespace", self.namespace, *arguments, stdin=stdin)
-
-    @property
-    def seen(self) -> PylonJob:
-        path = f"/apis/{names.API_VERSION}/namespaces/{self.namespace}/{names.PLURAL}/{self.name}"
-        return PylonJob.model_validate(self._api.get(path))
-
-    def condition(self, kind: str) -> tuple[str, str, str]:
-        """Status, reason and message."""
-        for condition in self.seen.status.conditions:
-            if condition.type == kind:
-                return condition.status.value, condition.reason, condition.message
-        return "", "", ""
-
-    def patch(self, **spec: Any) -> None:
-        self._kubectl("patch", "pylonjob", self.name, "--type=merge", "--patch", json.dumps({"spec": spec}))
-
-    def delete(self) -> None:
-        self._kubectl("delete", "pylonjob", self.name)
-
-    def wait(self, condition: Callable[[PylonJob], Any], message: str, timeout_seconds: float = START_SECONDS) -> Any:
-        try:
-            return wait_for(lambda: condition(self.seen), timeout_seconds, f"{self.name}: {message}")
-        except AssertionError as error:
-            error.add_note(self._kubectl("get", "pylonjob,job,pod,event", "--output", "wide"))
-            error.add_note(self._kubectl("get", "pylonjob", self.name, "--output", "yaml"))
-            raise
-
-    def wait_for_step(self, step: int) -> None:
-        self.wait(lambda job: job.status.training and job.status.training.step >= step, f"step {step}")
-
-    def wait_for_commit(self) -> int:
-        committed: int = self.wait(lambda job: job.status.checkpoint and job.status.checkpoint.step, "a commit")
-        return committed
 
 
 @pytest.fixture
@@ -142,12 +87,8 @@ def restored_step(log: str) -> int:
     return int(re.findall(r"^step=(\d+) restored=", log, re.MULTILINE)[0])
 
 
-def live_pods(nodes: Nodes, namespace: str) -> list[str]:
-    return sorted(pod.name for pod in nodes.pods() if pod.namespace == namespace)
-
-
 def test_quickstart_trains_to_the_end(
-    control_plane: Cluster, api: BlockingApi, operator: OperatorProcess, nodes: Nodes, namespace: str, tmp_path: Path
+    apply: Apply, control_plane: Cluster, nodes: Nodes, namespace: str, tmp_path: Path
 ) -> None:
     """examples/quickstart.yaml, fewer steps of a smaller batch, otherwise as it stands."""
     nodes.add("node-0", gpus=8)
@@ -161,7 +102,7 @@ def test_quickstart_trains_to_the_end(
     training["logIntervalSteps"] = 10
     losses = []
 
-    job = Job(control_plane, api, namespace, quickstart)
+    job = apply(quickstart)
 
     def ended(seen: PylonJob) -> bool:
         if seen.status.training and seen.status.training.loss is not None:
@@ -175,6 +116,9 @@ def test_quickstart_trains_to_the_end(
     assert status.training.step == status.training.total_steps == 100
     assert losses[-1] < losses[0], losses
     assert losses[-1] < 3.25, "below the unigram entropy of the text; a uniform guess has 5.5"
+    assert all(loss == round(loss, 4) for loss in losses), "a column for people"
+    assert status.training.sample
+    assert status.training.export_uri
     assert status.checkpoint is not None
     assert status.checkpoint.step == 100
     row = control_plane.kubectl("--namespace", namespace, "get", "pj", job.name).splitlines()[1].split()
@@ -184,18 +128,12 @@ def test_quickstart_trains_to_the_end(
 
 
 def test_a_killed_pod_restarts_the_gang_from_the_committed_step(
-    control_plane: Cluster,
-    api: BlockingApi,
-    operator: OperatorProcess,
-    nodes: Nodes,
-    namespace: str,
-    text: str,
-    tmp_path: Path,
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
 ) -> None:
     nodes.add("node-0", "node-1", gpus=8)
-    job = Job(control_plane, api, namespace, manifest(text, tmp_path, steps=ENDLESS, nodes=2))
+    job = apply(manifest(text, tmp_path, steps=ENDLESS, nodes=2))
     committed = job.wait_for_commit()
-    victim = next(pod for pod in live_pods(nodes, namespace) if pod.startswith("tree-a1-1"))
+    victim = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a1-1"))
 
     nodes.kill_pod(namespace, victim)
 
@@ -204,24 +142,39 @@ def test_a_killed_pod_restarts_the_gang_from_the_committed_step(
     assert seen.restarts == 1
     assert seen.failures[0].exit_code == 137
     assert seen.failures[0].pod == victim
-    rank_zero = next(pod for pod in live_pods(nodes, namespace) if pod.startswith("tree-a2-0"))
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
     assert restored_step(nodes.logs(namespace, rank_zero)) >= committed
-    assert all(pod.startswith("tree-a2-") for pod in live_pods(nodes, namespace)), "one gang lives"
+    assert all(pod.startswith("tree-a2-") for pod in nodes.live_pods(namespace)), "one gang lives"
+
+
+@pytest.mark.slow
+def test_a_dead_node_holds_up_neither_job_nor_next_attempt(
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+) -> None:
+    """Its pod never ends, for no kubelet says so: after grace and patience it is removed by force."""
+    nodes.add("node-0", gpus=8)
+    evict_soon = {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "tolerationSeconds": 1}
+    template = {"spec": {"tolerations": [{**evict_soon, "effect": "NoExecute"}]}}
+    job = apply(manifest(text, tmp_path, steps=ENDLESS, checkpointTimeoutSeconds=0, template=template))
+    committed = job.wait_for_commit()
+
+    nodes.lose("node-0")
+    nodes.add("node-1", gpus=8)
+
+    job.wait(lambda seen: "-attempt-000002-" in seen.status.checkpoint.uri, "attempt 2 commits", 240)
+    assert job.seen.status.failures[0].reason in ("NodeLost", "PodEvicted", "Preempted")
+    assert [pod.node for pod in nodes.pods() if pod.namespace == namespace] == ["node-1"]
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
+    assert restored_step(nodes.logs(namespace, rank_zero)) >= committed
 
 
 def test_suspend_saves_first_and_resume_goes_on(
-    control_plane: Cluster,
-    api: BlockingApi,
-    operator: OperatorProcess,
-    nodes: Nodes,
-    namespace: str,
-    text: str,
-    tmp_path: Path,
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
 ) -> None:
     nodes.add("node-0", gpus=8)
     job_manifest = manifest(text, tmp_path, steps=ENDLESS)
     job_manifest["spec"]["training"]["checkpoint"]["intervalSteps"] = 0  # only what is asked for is saved
-    job = Job(control_plane, api, namespace, job_manifest)
+    job = apply(job_manifest)
     job.wait_for_step(20)
 
     job.patch(suspend=True)
@@ -230,46 +183,40 @@ def test_suspend_saves_first_and_resume_goes_on(
     assert suspended.checkpoint is not None
     assert suspended.training is not None
     assert suspended.checkpoint.step >= 20
-    assert live_pods(nodes, namespace) == []
+    assert nodes.live_pods(namespace) == []
 
     job.patch(suspend=False)
     step = suspended.training.step
     job.wait(lambda seen: seen.status.phase == "Running" and seen.status.training.step > step, "it goes on")
     assert job.seen.status.attempt == 2
-    rank_zero = next(pod for pod in live_pods(nodes, namespace) if pod.startswith("tree-a2-0"))
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
     assert restored_step(nodes.logs(namespace, rank_zero)) >= suspended.checkpoint.step
     assert job.seen.status.restarts == 0, "a resume is no restart"
     assert job.condition("Suspended")[0] == "False"
 
 
 def test_training_goes_on_while_the_operator_is_dead(
-    control_plane: Cluster,
-    api: BlockingApi,
-    operator: OperatorProcess,
-    nodes: Nodes,
-    namespace: str,
-    text: str,
-    tmp_path: Path,
+    apply: Apply, operator: OperatorProcess, nodes: Nodes, namespace: str, text: str, tmp_path: Path
 ) -> None:
     nodes.add("node-0", gpus=8)
-    job = Job(control_plane, api, namespace, manifest(text, tmp_path, steps=ENDLESS))
+    job = apply(manifest(text, tmp_path, steps=ENDLESS))
     job.wait_for_step(5)
-    before = live_pods(nodes, namespace)
+    before = nodes.live_pods(namespace)
 
     operator.kill()
     step = job.seen.status.training.step  # type: ignore[union-attr]  # it has trained: wait_for_step saw it
     operator.start()
 
     job.wait_for_step(step + 20)
-    assert live_pods(nodes, namespace) == before, "neither restarted nor doubled"
+    assert nodes.live_pods(namespace) == before, "neither restarted nor doubled"
     assert job.seen.status.attempt == 1
 
 
 def test_what_only_a_person_can_mend_fails_at_once_with_the_trainers_words(
-    control_plane: Cluster, api: BlockingApi, operator: OperatorProcess, nodes: Nodes, namespace: str, tmp_path: Path
+    apply: Apply, nodes: Nodes, tmp_path: Path
 ) -> None:
     nodes.add("node-0", gpus=8)
-    job = Job(control_plane, api, namespace, manifest(f"{tmp_path}/nothing/*.txt", tmp_path, steps=10))
+    job = apply(manifest(f"{tmp_path}/nothing/*.txt", tmp_path, steps=10))
     job.wait(lambda seen: seen.status.completion_time, "the end")
     status, reason, message = job.condition("Succeeded")
     assert (status, reason) == ("False", "UserError")
@@ -278,19 +225,13 @@ def test_what_only_a_person_can_mend_fails_at_once_with_the_trainers_words(
 
 
 def test_two_jobs_of_one_name_do_not_meet(
-    control_plane: Cluster,
-    api: BlockingApi,
-    operator: OperatorProcess,
-    nodes: Nodes,
-    namespace: str,
-    text: str,
-    tmp_path: Path,
+    apply: Apply, api: BlockingApi, nodes: Nodes, namespace: str, text: str, tmp_path: Path
 ) -> None:
     nodes.add("node-0", gpus=8)
     other = f"{namespace}-other"
     api.create("/api/v1/namespaces", {"metadata": {"name": other}})
     wait_for(lambda: api.list(f"/api/v1/namespaces/{other}/serviceaccounts"), message="its ServiceAccount")
-    jobs = [Job(control_plane, api, place, manifest(text, tmp_path, steps=20)) for place in (namespace, other)]
+    jobs = [apply(manifest(text, tmp_path, steps=20), place) for place in (namespace, other)]
     for job in jobs:
         job.wait(lambda seen: seen.status.completion_time, "the end")
         assert job.condition("Succeeded")[0] == "True"
@@ -299,36 +240,19 @@ def test_two_jobs_of_one_name_do_not_meet(
     api.delete(f"/api/v1/namespaces/{other}")
 
 
-def test_deletion_leaves_nothing_behind(
-    control_plane: Cluster,
-    api: BlockingApi,
-    operator: OperatorProcess,
-    nodes: Nodes,
-    namespace: str,
-    text: str,
-    tmp_path: Path,
-) -> None:
+def test_deletion_leaves_nothing_behind(apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path) -> None:
     nodes.add("node-0", gpus=8)
-    job = Job(control_plane, api, namespace, manifest(text, tmp_path, steps=ENDLESS))
+    job = apply(manifest(text, tmp_path, steps=ENDLESS))
     job.wait_for_step(5)
 
     job.delete()
 
-    def left() -> list[str]:
-        kinds = ("v1/services", "v1/configmaps", "v1/secrets", "v1/pods")
-        paths = [f"/api/{kind.split('/')[0]}/namespaces/{namespace}/{kind.split('/')[1]}" for kind in kinds]
-        paths.append(f"/apis/batch/v1/namespaces/{namespace}/jobs")
-        found = [obj["metadata"]["name"] for path in paths for obj in api.list(path)]
-        return [name for name in found if name.startswith(job.name)]
-
-    wait_for(lambda: not left(), 60, "the garbage collector has taken every object of the job")
-    wait_for(lambda: not live_pods(nodes, namespace), 60, "its processes are gone")
+    wait_for(lambda: not job.children(), 60, "the garbage collector has taken every object of the job")
+    wait_for(lambda: not nodes.live_pods(namespace), 60, "its processes are gone")
 
 
-def test_kubectl_refuses_a_bad_manifest_and_names_the_field(
-    control_plane: Cluster, api: BlockingApi, namespace: str, text: str, tmp_path: Path
-) -> None:
+def test_kubectl_refuses_a_bad_manifest_and_names_the_field(apply: Apply, text: str, tmp_path: Path) -> None:
     bad = manifest(text, tmp_path, steps=10)
     bad["spec"]["training"]["schedule"]["tokens"] = 100
     with pytest.raises(KubectlError, match="set exactly one of steps and tokens"):
-        Job(control_plane, api, namespace, bad)
+        apply(bad)

@@ -34,6 +34,16 @@ def test_examples_are_valid(example: Path) -> None:
     load_manifest(example)
 
 
+def test_every_variable_of_ours_is_explained() -> None:
+    sources = [
+        path for folder in ("crds", "operator", "trainer", "tests/cluster") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    named = {name for path in sources for name in re.findall(r'"(PYLON_[A-Z_]+)"', path.read_text())}
+    assert len(named) > 8
+    explained = set(re.findall(r"`(PYLON_[A-Z_]+)`", (ROOT / "docs" / "development.md").read_text()))
+    assert named == explained
+
+
 def test_commands_of_the_readme_are_targets() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:

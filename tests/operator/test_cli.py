@@ -132,6 +132,7 @@ def test_validate_reports_all_mistakes_of_all_files() -> None:
     assert [line.split(": ")[:2] for line in result.output.splitlines()] == [
         ["a.yaml", "spec.gpusPerNode"],
         ["a.yaml", "spec.nodez"],
+        ["b.yaml", "valid"],
         ["c.yaml", "No such file or directory"],
     ]
 

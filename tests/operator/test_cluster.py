@@ -259,11 +259,26 @@ async def test_the_look_after_a_write_costs_no_read_and_sees_the_write(world: Wo
 
 async def test_our_own_write_is_no_news_and_anyone_elses_is(world: World) -> None:
     job, key = await world.job(), ("team", "demo")
-    assert not world.cluster.is_own_write(key, job.metadata.resource_version)
+    assert world.cluster.is_news(key, job.metadata.resource_version)
     await world.cluster.write_status(job, job.status.model_copy(update={"attempt": 1}))
-    assert world.cluster.is_own_write(key, world.held("pylonjobs", "demo")["metadata"]["resourceVersion"])
+    assert not world.cluster.is_news(key, world.held("pylonjobs", "demo")["metadata"]["resourceVersion"])
     theirs = world.server.put("pylonjobs", world.held("pylonjobs", "demo"))
-    assert not world.cluster.is_own_write(key, theirs["metadata"]["resourceVersion"])
+    assert world.cluster.is_news(key, theirs["metadata"]["resourceVersion"])
+
+
+@pytest.mark.parametrize("told", ["before our answer", "after our answer"])
+async def test_a_change_right_after_our_write_is_seen(world: World, told: str) -> None:
+    """The user resumes in the second in which the operator has written `Suspended`."""
+    job, key = await world.job(), ("team", "demo")
+    news = str(int(job.metadata.resource_version) + 1000)
+    if told == "before our answer":
+        assert world.cluster.is_news(key, news)
+    await world.cluster.write_status(job, job.status.model_copy(update={"attempt": 1}))
+    theirs = world.held("pylonjobs", "demo")
+    world.server.put("pylonjobs", theirs | {"spec": theirs["spec"] | {"suspend": True}})
+    if told == "after our answer":
+        assert world.cluster.is_news(key, news)
+    assert (await world.job()).spec.suspend
 
 
 async def test_the_ttl_deletes_exactly_this_job(world: World) -> None:

@@ -29,6 +29,7 @@ from pylon_operator.observation import (
     CreateAttempt,
     DeleteAttempt,
     DeleteJob,
+    EmitEvent,
     ForceDeletePod,
     RequestCheckpoint,
 )
@@ -156,6 +157,41 @@ def test_a_notice_of_the_trainer_reaches_the_condition() -> None:
     decision = Scene().running().trainer(notices=["older", notice], restored_from="s3://b/step-50").decide()
     message = condition(decision, ConditionType.RUNNING).message
     assert message == f"Attempt 1 is running, restored from s3://b/step-50; {notice}"
+
+
+def test_each_notice_is_one_event_and_stays_on_the_resource() -> None:
+    scene = Scene().running().trainer(notices=["older", "a long story"])
+    first = scene.decide()
+    assert [e for e in events(first) if e[1] == "Notice"] == [("Warning", "Notice")] * 2
+    scene.recorded(**dict(first.status)).trainer(notices=["older", "a long", "newer"])  # one cut, one new
+    second = scene.decide()
+    assert [action.message for action in second.actions if isinstance(action, EmitEvent)] == ["newer"]
+    assert second.status.training is not None
+    assert second.status.training.notices == ["older", "a long", "newer"]
+
+
+def test_what_training_left_is_shown() -> None:
+    final = a_trainer(step=100, sample="def main" * 1000, export_uri="s3://b/export")
+    scene = Scene(nodes=1).recorded(attempt=1, attempt_start_time=ago(60)).batch_job(complete=True)
+    training = scene.pod(0, phase="Succeeded", message=a_report(0, "Succeeded", final=final)).decide().status.training
+    assert training is not None
+    assert training.export_uri == "s3://b/export"
+    assert training.sample == "def main" * 250
+
+
+def test_last_words_count_more_than_an_answer_of_the_same_step() -> None:
+    """Rank 0 was asked after its last step, but before the export."""
+    final = a_trainer(step=100, export_uri="s3://b/export")
+    scene = Scene(nodes=1).recorded(attempt=1, attempt_start_time=ago(60)).batch_job(complete=True).trainer(step=100)
+    training = scene.pod(0, phase="Succeeded", message=a_report(0, "Succeeded", final=final)).decide().status.training
+    assert training is not None
+    assert training.export_uri == "s3://b/export"
+
+
+def test_figures_on_the_resource_are_rounded() -> None:
+    training = Scene().running().trainer(loss=2.123456789, tokens_per_second=5120.123456).decide().status.training
+    assert training is not None
+    assert (training.loss, training.tokens_per_second) == (2.1235, 5120.1235)
 
 
 @pytest.mark.parametrize(

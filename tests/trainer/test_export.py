@@ -73,18 +73,26 @@ def test_a_failed_export_leaves_nothing(failing: str, monkeypatch: pytest.Monkey
 
 def test_samples_follow_from_the_seed() -> None:
     model, tokenizer = model_of(), ByteTokenizer()
-    first, again, other = (generate(model, tokenizer, "def ", 20, seed) for seed in (1, 1, 2))
+    first, again, other = (generate(model, tokenizer, "def ", 20, seed, sequence_length=64) for seed in (1, 1, 2))
     assert first == again != other
     assert first.startswith("def ")
 
 
 def test_temperature_zero_takes_the_most_probable_token() -> None:
     model, tokenizer = model_of(vocab_size=300), ByteTokenizer()
-    text = generate(model, tokenizer, "x", 5, seed=0, temperature=0)
+    text = generate(model, tokenizer, "x", 5, seed=0, sequence_length=64, temperature=0)
     ids = [256, ord("x")]
     for _ in range(5):
         ids.append(int(model.head(model(torch.tensor([ids]))[0, -1])[:257].argmax()))
     assert text == "x" + tokenizer.decode(ids[2:])
+
+
+def test_a_sample_looks_back_no_further_than_training_did() -> None:
+    model = model_of()
+    lengths: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    generate(model, ByteTokenizer(), "abcdef", 6, seed=0, sequence_length=9)
+    assert lengths == [7, 8, 9, 9, 9, 9]
 
 
 def test_the_end_of_the_text_ends_the_sample() -> None:
@@ -95,4 +103,4 @@ def test_the_end_of_the_text_ends_the_sample() -> None:
         model.output.weight.zero_()
     tokenizer = ByteTokenizer()
     tokenizer.end_of_text = 0
-    assert generate(model, tokenizer, "a", 10, seed=0, temperature=0) == "a"
+    assert generate(model, tokenizer, "a", 10, seed=0, sequence_length=64, temperature=0) == "a"

@@ -20,7 +20,7 @@ from gangs import free_port, pod_environment, prepare_pod, run_pod, start_gang
 from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_api.run import TerminationReport
-from pylon_trainer import launcher
+from pylon_trainer import launcher, worker
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.run import Run
 
@@ -208,6 +208,20 @@ def test_a_stop_while_the_pod_waits_is_obeyed_at_once(
     os.kill(pod.pid, signal.SIGTERM)
     assert pod.wait() == ExitCode.STOPPED
     assert pod.report.message == "asked to stop before training began"
+
+
+def test_a_stop_that_workers_cannot_catch_yet_is_a_stop(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> None:
+        """As a worker that still imports torch."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getppid(), signal.SIGTERM)
+        threading.Event().wait()
+
+    monkeypatch.setattr(worker, "main", start)
+    exit_code, pod = run_pod(tmp_path, make_config(processes=1))
+    assert (exit_code, pod.report.message) == (ExitCode.STOPPED, "asked to stop before training began")
 
 
 def test_a_master_that_never_resolves_is_a_lost_peer(

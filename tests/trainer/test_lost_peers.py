@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +16,9 @@ from typing import Any
 import pytest
 from gangs import run_pod, start_gang
 
+from pylon_api import names
 from pylon_api.names import ExitCode
+from pylon_trainer import worker
 from pylon_trainer.checkpoint.checkpointer import Checkpointer
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.consensus.exact import ExactExchange
@@ -22,8 +27,16 @@ from pylon_trainer.run import Run
 MakeConfig = Callable[..., dict[str, Any]]
 
 
-def die_in(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *, rank: str = "1", call: int = 1) -> None:
-    """Have one rank killed as it enters a method for the n-th time."""
+def die_in(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    method: str,
+    *,
+    rank: str = "1",
+    call: int = 1,
+    by: signal.Signals = signal.SIGKILL,
+) -> None:
+    """Have one rank killed, or frozen, as it enters a method for the n-th time."""
     original = getattr(owner, method)
     calls = 0
 
@@ -31,7 +44,7 @@ def die_in(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *, rank: s
         nonlocal calls
         calls += 1
         if os.environ["RANK"] == rank and calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return original(*arguments, **named)
 
     monkeypatch.setattr(owner, method, patched)
@@ -64,6 +77,25 @@ def test_when_a_pod_is_lost_the_other_leaves_within_seconds(
     assert (first.report.reason, first.report.rank) == ("PeerLost", 0)
     assert "died" in first.report.message
     assert first.final.uid == "12345678-90ab"
+
+
+@pytest.mark.parametrize("call", random.Random(0).sample(range(1, 60_000), 4))
+def test_a_kill_at_any_moment_hangs_nobody(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Counted in calls of Python functions since the gang met, which a seed can draw and a person repeat."""
+    train = worker.train
+
+    def patched(*arguments: Any) -> None:
+        if os.environ["RANK"] == "1":
+            calls = itertools.count(1)
+            sys.setprofile(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == call else None)
+        train(*arguments)
+
+    monkeypatch.setattr(worker, "train", patched)
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1, schedule={"steps": 100_000}))
+    assert second.wait() == 128 + signal.SIGKILL
+    assert first.wait() == ExitCode.PEER_LOST, first.log
 
 
 def test_rank_0_killed_while_it_saves_leaves_no_checkpoint(
@@ -104,3 +136,15 @@ def test_a_peer_that_is_stuck_outside_of_any_collective_notices_too(
     assert second.wait() == 128 + signal.SIGKILL
     assert first.wait() == ExitCode.PEER_LOST
     assert first.report.message == "rank 1 died or its machine vanished"
+
+
+def test_a_peer_that_is_frozen_is_given_up_after_the_timeout(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die_in(monkeypatch, ExactExchange, "exchange", call=3, by=signal.SIGSTOP)
+    timeout = {names.ENV_COLLECTIVE_TIMEOUT_SECONDS: "3"}
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1), timeout)
+    assert first.wait() == ExitCode.PEER_LOST, first.log
+    assert first.report.message.startswith("a peer died or fell silent: ")
+    os.kill(second.pid, signal.SIGKILL)  # and with the launcher its frozen worker
+    assert second.wait() == 128 + signal.SIGKILL

@@ -131,6 +131,15 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     assert newest(checkpoints, "optimizer.safetensors") == moments
 
 
+def test_a_stop_in_the_last_step_lets_the_run_finish(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_pod_in_step(monkeypatch, step=7, rank=1)
+    exit_code, pod = run_pod(tmp_path, make_config(export={"format": "HuggingFace"}))
+    assert (exit_code, pod.final.phase, pod.final.step) == (0, TrainerPhase.FINISHED, 8), pod.log
+    assert pod.final.export_uri == f"{checkpoints}/export"
+
+
 @pytest.mark.parametrize(
     "gating",
     [{}, {"strategy": "GradientNorm", "tokenRatio": 0.999, "engine": "SinglePass"}],  # which chooses every token

@@ -26,7 +26,7 @@ from pylon_trainer.configuration import read_config
 from pylon_trainer.errors import ConfigError, PeerLost, TrainerError
 from pylon_trainer.runtime.environment import Environment, integer
 from pylon_trainer.runtime.processes import Exit, ranks_of, run_workers
-from pylon_trainer.runtime.signals import StopFlag
+from pylon_trainer.runtime.signals import STOPPED_EARLY, StopFlag
 
 TOPOLOGY_WAIT_SECONDS = 60
 """The operator annotates a pod seconds after it was scheduled; without a map, every node is a domain of its own."""
@@ -69,23 +69,25 @@ def _launch(environment: Environment, config: RunConfig) -> TerminationReport:
     stop.defer()
     grace = max(1, environment.grace_seconds - SHUTDOWN_MARGIN_SECONDS)
     exits = run_workers(config, node_rank, master, stop, grace)
-    return _explain(environment, exits)
+    return _explain(environment, exits, is_stopped=stop.is_set())
 
 
-def _explain(environment: Environment, exits: dict[int, Exit]) -> TerminationReport:
+def _explain(environment: Environment, exits: dict[int, Exit], *, is_stopped: bool) -> TerminationReport:
     """The report of the worker that explains the pod, with the last status when rank 0 is among them."""
-    ends = [_worker_end(environment, rank, exit) for rank, exit in exits.items()]
+    ends = [_worker_end(environment, rank, exit, is_stopped) for rank, exit in exits.items()]
     failed = [end for end in ends if end.report.exit_code != 0]
     cause = report.cause(failed) if failed else report.describe(ExitCode.SUCCEEDED, "")
     final = next((end.report.final for end in ends if end.report.rank == 0), None)
     return cause.model_copy(update={"final": final})
 
 
-def _worker_end(environment: Environment, rank: int, exit: Exit) -> report.WorkerEnd:
+def _worker_end(environment: Environment, rank: int, exit: Exit, is_stopped: bool) -> report.WorkerEnd:
     """What the worker said of its end; else what the kernel said of it."""
     said = report.read(environment.worker_report(rank))
     if said is not None and said.report.exit_code == exit.code:
         return said
+    if is_stopped and exit.code == report.CLOSED:
+        return report.WorkerEnd(exit.time, report.describe(ExitCode.STOPPED, STOPPED_EARLY, rank=rank))
     message = f"rank {rank} ended with {report.reason(exit.code)} and said nothing"
     return report.WorkerEnd(exit.time, report.describe(exit.code, message, rank=rank))
 

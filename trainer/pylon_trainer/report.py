@@ -19,7 +19,7 @@ MAX_BYTES = 4096
 """Kubernetes truncates a longer termination message: half a JSON document would say nothing."""
 
 _MESSAGE_CHARACTERS = 1000
-_CLOSED = 128 + signal.SIGTERM
+CLOSED = 128 + signal.SIGTERM
 """A worker that its launcher closed before it could catch signals: a consequence, like the codes in SECONDARY."""
 
 
@@ -35,7 +35,7 @@ class WorkerEnd:
 def reason(exit_code: int) -> str:
     """CamelCase name of an exit code: BadConfig, SIGKILL, Exit3."""
     if exit_code in ExitCode.__members__.values():
-        return ExitCode(exit_code).name.title().replace("_", "")
+        return ExitCode(exit_code).reason
     try:
         return signal.Signals(exit_code - 128).name
     except ValueError:
@@ -56,7 +56,7 @@ def cause(ends: Iterable[WorkerEnd]) -> TerminationReport:
 
 
 def _is_consequence(exit_code: int) -> bool:
-    return exit_code in SECONDARY or exit_code == _CLOSED
+    return exit_code in SECONDARY or exit_code == CLOSED
 
 
 def write(report: TerminationReport, path: Path) -> None:

@@ -34,7 +34,7 @@ logger = logging.getLogger("pylon")
 
 
 def train(config: RunConfig, world: World, board: Board, stop: StopFlag) -> None:
-    """Train to the end. Stopped after a save at an agreed step when any rank was asked to stop. Collective."""
+    """Train to the end. Stopped, after a save at an agreed step, when any rank was asked to stop before. Collective."""
     training = config.training
     with closing(
         open_data(
@@ -67,7 +67,7 @@ def train(config: RunConfig, world: World, board: Board, stop: StopFlag) -> None
             if stops or asks or saver.is_due():
                 with meter.paused():
                     saver.save()
-            if stops:
+            if stops and run.step < run.total_steps:  # a stop in the last step finds the run done
                 raise Stopped(f"asked to stop: left at step {run.step}{saver.where()}")
         _evaluate(run, held_out, board)
         saver.save()
@@ -135,7 +135,14 @@ def _leave_results(run: Run, board: Board) -> None:
     board.update(phase=TrainerPhase.EXPORTING)
     evaluation = training.evaluation
     if evaluation.sample_prompt:
-        sample = generate(run.model, tokenizer, evaluation.sample_prompt, evaluation.sample_tokens, training.seed)
+        sample = generate(
+            run.model,
+            tokenizer,
+            evaluation.sample_prompt,
+            evaluation.sample_tokens,
+            training.seed,
+            sequence_length=training.data.sequence_length,
+        )
         board.update(sample=sample)
         logger.info(f"sample: {sample}")
     if training.export.format is ExportFormat.HUGGING_FACE:

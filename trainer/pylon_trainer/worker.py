@@ -83,7 +83,7 @@ def _run(config: RunConfig, environment: Environment, rank: int, board: Board, s
             token_file=environment.token_file,
             saves_checkpoints=config.training.checkpoint is not None,
         )
-    world = join_world(config.gpus_per_node)
+    world = join_world(config.gpus_per_node, environment.collective_timeout_seconds)
     peers = Peers(world, lost=lambda message: ending.leave(ExitCode.PEER_LOST, message))
     try:
         train(config, world, board, stop)

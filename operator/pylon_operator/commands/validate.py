@@ -21,6 +21,7 @@ def command(ctx: click.Context, files: tuple[Path, ...]) -> None:
     for file in files:
         try:
             load_manifest(file)
+            click.echo(f"{file}: valid")
         except ManifestError as error:
             failed = True
             for problem in error.problems:

@@ -63,13 +63,9 @@ class PlainView(_Lines):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._shown: list[str] = []
-        self._notices = 0
 
-    def update(self, job: PylonJob, report: TrainerStatus | None) -> None:
-        """A line when something new was measured, and one for each new notice."""
-        for notice in report.notices[self._notices :] if report else []:
-            self._print(f"Notice: {notice}")
-        self._notices = len(report.notices) if report else 0
+    def update(self, job: PylonJob, report: TrainerStatus | None) -> None:  # noqa: ARG002  as every view
+        """A line when something new was measured."""
         training = job.status.training
         news = measurements(training) if training else []
         if training and news and news != self._shown:

@@ -4,6 +4,9 @@ One death takes the gang along: peers lose the rendezvous, the Job controller en
 the attempt is the one that failed first, a mere consequence (PeerLost, Stopped) only if there is nothing else, and a
 mistake of the user's always. Nothing is decided before all pods have spoken or a short while has passed, because the
 culprit's node may report later than its victims'.
+
+A pod that is being evicted, preempted or drained ends its attempt as soon as that is seen: it is lost for sure, all
+pods save within their grace, and once it has gone nothing would tell why.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ POD_REASONS = {
     "Evicted": Reason.POD_EVICTED,
     "OOMKilled": Reason.OOM_KILLED,
     "NodeLost": Reason.NODE_LOST,
+    "Preempted": Reason.PREEMPTED,
 }
 
 
@@ -46,10 +50,12 @@ def find_failure(s: Situation) -> Failure | None:
     """How the current attempt failed, or None while it lives or has not been heard out."""
     if s.current is None or s.current.deleting:
         return _failure(s, Reason.JOB_DELETED, messages.JOB_DELETED) if s.status.attempt_job_uid else None
-    failed = [pod for pod in s.pods if pod.failed or is_stuck(pod, s.now)]
-    if failed:
-        return _explain(s, _cause(failed)) if _settled(s, failed) else None
-    if s.current.failed:
+    lost = [pod for pod in s.pods if pod.failed or pod.disrupted or is_stuck(pod, s.now)]
+    if lost:
+        return _explain(s, _cause(lost)) if _settled(s, lost) else None
+    # Jobs and pods are watched apart: while all pods are there and some live, what failed the Job is yet to be seen.
+    still_whole = len(s.pods) >= s.job.spec.nodes and not all(pod.terminal for pod in s.pods)
+    if s.current.failed and not still_whole:
         return _failure(s, Reason.POD_DELETED, messages.pod_vanished(s.current.reason))
     return None
 
@@ -66,24 +72,25 @@ def judge(failure: Failure, policy: FailurePolicy) -> FailureAction:
     return FailureAction.FAIL if failure.user_error else FailureAction.RESTART
 
 
-def _settled(s: Situation, failed: Sequence[PodView]) -> bool:
-    first = min((pod.finished_time for pod in failed if pod.finished_time), default=None)
-    heard_out = all(pod.terminal or pod.failed or is_stuck(pod, s.now) for pod in s.pods)
+def _settled(s: Situation, lost: Sequence[PodView]) -> bool:
+    first = min((pod.finished_time for pod in lost if pod.finished_time), default=None)
+    heard_out = all(pod.terminal or pod in lost for pod in s.pods)
     return heard_out or first is None or s.now >= first + SETTLE
 
 
-def _cause(failed: Sequence[PodView]) -> PodView:
+def _cause(lost: Sequence[PodView]) -> PodView:
     def precedence(pod: PodView) -> tuple[int, float, int]:
-        rank = 0 if pod.exit_code in USER_ERRORS else 2 if pod.exit_code in SECONDARY else 1
+        secondary = pod.exit_code in SECONDARY and pod.reason not in POD_REASONS
+        rank = 0 if pod.exit_code in USER_ERRORS else 2 if secondary else 1
         finished = pod.finished_time.timestamp() if pod.finished_time else float("inf")
         return rank, finished, pod.index
 
-    return min(failed, key=precedence)
+    return min(lost, key=precedence)
 
 
 def _explain(s: Situation, pod: PodView) -> Failure:
     report = termination_report(pod)
-    if not pod.failed:
+    if not pod.failed and not pod.disrupted:
         return _failure(s, Reason.NODE_LOST, messages.node_lost(pod.node), pod)
     if pod.reason in POD_REASONS:
         reason: str = POD_REASONS[pod.reason]

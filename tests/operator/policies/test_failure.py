@@ -99,6 +99,9 @@ def test_waits_a_little_for_the_others_to_speak(
         (Scene().recorded(attempt=1, attempt_job_uid="job-1").batch_job(uid="another"), "JobDeleted"),
         (Scene().recorded(attempt=1).batch_job(deleting=True), "JobDeleted"),
         (Scene().recorded(attempt=1).batch_job(failed=True, reason="BackoffLimitExceeded"), "PodDeleted"),
+        (Scene().recorded(attempt=1).batch_job(failed=True).pod(0), "PodDeleted"),
+        (Scene().recorded(attempt=1).batch_job(failed=True).pod(0).pod(1), None),
+        (Scene(nodes=1).recorded(attempt=1).batch_job(failed=True).pod(0, phase="Succeeded"), "PodDeleted"),
         (Scene().recorded(attempt=1).batch_job().pod(0).pod(1, deletion_time=ago(61)), "NodeLost"),
         (Scene(nodes=1).recorded(attempt=1).batch_job().pod(0, deletion_time=ago(59)), None),
         (Scene(nodes=1).recorded(attempt=1).batch_job().pod(0, deletion_time=ago(60)), "NodeLost"),
@@ -107,6 +110,31 @@ def test_waits_a_little_for_the_others_to_speak(
 def test_failures_without_a_failed_pod(scene: Scene, reason: str | None) -> None:
     found = cause(scene)
     assert (found.record.reason if found else None) == reason
+
+
+@pytest.mark.parametrize(
+    ("pod", "reason"),
+    [
+        ({"reason": "Preempted"}, "Preempted"),
+        ({"reason": "Evicted"}, "PodEvicted"),
+        ({"reason": "NodeLost"}, "NodeLost"),
+        ({"reason": "Preempted", "phase": "Failed", "exit_code": 75, "finished_time": ago(1)}, "Preempted"),
+        ({"reason": None}, None),
+        ({"reason": "Preempted", "deletion_time": None}, None),
+    ],
+)
+def test_a_pod_that_is_taken_away_explains_its_attempt_before_it_has_gone(
+    pod: dict[str, object], reason: str | None
+) -> None:
+    scene = Scene().recorded(attempt=1, attempt_job_uid="job-1").batch_job()
+    if pod.get("phase") == "Failed":
+        scene.pod(0, phase="Failed", exit_code=75, finished_time=ago(1))  # its peer left at the same step
+    else:
+        scene.pod(0)
+    found = cause(scene.pod(1, **{"deletion_time": ago(-30), **pod}))
+    assert (found.record.reason if found else None) == reason
+    if found:
+        assert found.record.pod == "demo-a1-1"
 
 
 RESTART, FREELY, FAIL = FailureAction.RESTART, FailureAction.RESTART_FREELY, FailureAction.FAIL

@@ -97,7 +97,7 @@ def test_a_store_that_stays_broken_is_given_up_with_one_line(troubles: list[Exce
 def test_missing_credentials_are_the_users_to_mend_and_not_tried_again(troubles: list[Exception]) -> None:
     waits: list[float] = []
     troubles += [NoCredentialsError("Unable to locate credentials")]
-    with pytest.raises(ConfigError, match=r"no credentials .Unable to locate credentials.; give them to the pods"):
+    with pytest.raises(ConfigError, match=r"missing or refused .Unable to locate credentials.; give them to the pods"):
         Storage("troubled://private", sleep=waits.append).write("x", b"data")
     assert waits == []
 

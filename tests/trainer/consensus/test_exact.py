@@ -1,8 +1,11 @@
-"""The exact exchange against a plain sum, over real gloo ranks."""
+"""The exact exchange against a plain sum and against DistributedDataParallel, over real gloo ranks."""
 
 from __future__ import annotations
 
+import copy
+import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,10 +27,8 @@ def gradients(rank: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bucket_bytes", [1, 64, 2**20], ids=lambda size: f"buckets of {size}")
 @pytest.mark.parametrize("size", [1, 3])
 def test_every_rank_holds_the_sum_and_counts_what_a_ring_moves(tmp_path: Path, size: int, bucket_bytes: int) -> None:
-    def take_part(rank: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=size)
-        world = World(rank, size, rank, torch.device("cpu"))
-        own = gradients(rank)
+    def take_part(world: World) -> None:
+        own = gradients(world.rank)
         places = {name: gradient.data_ptr() for name, gradient in own.items()}
         exchanged_bytes = ExactExchange(world, bucket_bytes).exchange(own)
         for name, summed in own.items():
@@ -36,8 +37,37 @@ def test_every_rank_holds_the_sum_and_counts_what_a_ring_moves(tmp_path: Path, s
             assert summed.data_ptr() == places[name]
         total_bytes = 4 * (15 + 7 + 8 + 1)
         assert exchanged_bytes == 2 * total_bytes * (size - 1) // size
+
+    run_ranks(take_part, tmp_path, size)
+
+
+def run_ranks(take_part: Callable[[World], None], directory: Path, size: int) -> None:
+    """Have every rank of a gloo world take part, each in a process of its own."""
+
+    def rank_of(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size)
+        take_part(World(rank, size, rank, torch.device("cpu")))
         dist.barrier()
         os._exit(0)
 
-    children = [fork(lambda rank=rank: take_part(rank)) for rank in range(size)]
+    children = [fork(lambda rank=rank: rank_of(rank)) for rank in range(size)]
     assert [wait(child) for child in children] == [0] * size
+
+
+def test_two_ranks_get_the_gradients_of_distributed_data_parallel_bit_for_bit(tmp_path: Path) -> None:
+    """With two ranks neither the order of the sum nor halving can round differently."""
+    importlib.import_module("torch._dynamo")  # DistributedDataParallel needs it: once here instead of in every rank
+
+    def take_part(world: World) -> None:
+        torch.manual_seed(0)
+        ours = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        theirs = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(ours))
+        inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(world.rank))
+        theirs(inputs).square().sum().backward()  # averaged over the ranks
+        (ours(inputs).square().sum() / world.size).backward()
+        ExactExchange(world).exchange({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+        for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert own.grad is not None
+            assert torch.equal(own.grad, other.grad)
+
+    run_ranks(take_part, tmp_path, size=2)

@@ -168,10 +168,21 @@ class NoCredentialsError(Exception):
     """As botocore names it."""
 
 
+class Refused(OSError):
+    """As the clients of Google, Azure and HTTP answer."""
+
+    def __init__(self, **status: int) -> None:
+        super().__init__("Forbidden")
+        vars(self).update(status)
+
+
 @pytest.mark.parametrize(
     ("cause", "error", "says"),
     [
         (NoCredentialsError("Unable to locate credentials"), DataError, "credentials missing"),
+        (Refused(code=401), DataError, "credentials missing or refused (Forbidden)"),
+        (Refused(status_code=403), DataError, "credentials missing or refused"),
+        (Refused(status=503), StorageError, "cannot be read"),
         (PermissionError("Forbidden"), DataError, "access denied"),
         (FileNotFoundError("gone"), DataError, "no such file"),
         (ConnectionResetError("reset"), StorageError, "cannot be read (reset)"),

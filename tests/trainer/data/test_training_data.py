@@ -62,12 +62,10 @@ def text_of(data: TrainingData, ids: Tensor) -> str:
 
 
 def test_labels_are_the_next_tokens(open_: Open) -> None:
-    batches = [open_().next_batch()]
-    for batch in batches:
-        same = batch.tokens_BT[:, 1:] == batch.labels_BT[:, :-1]
-        assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64
-        assert same.all()
-        assert batch.documents_BT is None
+    batch = open_().next_batch()
+    assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64
+    assert torch.equal(batch.tokens_BT[:, 1:], batch.labels_BT[:, :-1])
+    assert batch.documents_BT is None
 
 
 def test_an_epoch_holds_every_document_once(open_: Open, corpus: Path) -> None:
@@ -219,6 +217,22 @@ def test_documents_of_jsonl_are_held_out_one_by_one(open_: Open, tmp_path: Path)
     assert not held & words(take(data, 150).flatten(0, 1), data)
 
 
+def test_a_fraction_that_comes_to_no_document_is_said_and_training_goes_on(
+    open_: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n' * 5)
+    data = open_(train=[f"{tmp_path}/few.jsonl"], held_out_fraction=1e-9)
+    assert data.held_out(4) == []
+    assert caplog.messages == ["training.data.heldOutFraction 1e-09 comes to no document: no held-out loss"]
+    assert "a few words" in text_of(data, data.next_batch().tokens_BT[0])
+
+
+def test_held_out_globs_without_text_are_refused(open_: Open, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="none holds any text"):
+        open_(held_out=[f"{tmp_path}/none.jsonl"]).held_out(4)
+
+
 def test_errors_while_reading_ahead_surface_at_the_next_batch(open_: Open, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 30 + "broken\n")
     data = open_(train=[f"{tmp_path}/a.jsonl"], sequences=1, shuffle=False, held_out_fraction=0)
@@ -240,11 +254,6 @@ def test_a_fraction_that_leaves_nothing_is_refused(open_: Open) -> None:
 def test_a_state_of_another_batch_is_refused(open_: Open) -> None:
     with pytest.raises(ConfigError, match=r"batch\.sequences: 8, but .* 4 sequences"):
         open_(sequences=8).load_state_dict(open_(sequences=4).state_dict())
-
-
-def test_sequences_that_cannot_be_divided_are_refused(open_: Open) -> None:
-    with pytest.raises(ConfigError, match="8 cannot be divided among 3"):
-        open_(world_size=3)
 
 
 def test_closing_leaves_no_thread(corpus: Path) -> None:

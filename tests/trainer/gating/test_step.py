@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pylon_api.training import DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
+from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating import step as step_module
 from pylon_trainer.gating.step import GatedStep, token_ratio
@@ -31,12 +32,14 @@ def step_of(
     model: Transformer,
     precision: Precision = Precision.FLOAT32,
     device: torch.device = CPU,
+    compile: Compile = Compile.OFF,
     **gating: object,
 ) -> TrainingStep:
     training = TrainingSpec(
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=10),
         precision=precision,
+        compile=compile,
         gating=GatingSpec.model_validate(gating),
         seed=3,
     )
@@ -143,7 +146,7 @@ def test_sampled_gradients_are_unbiased() -> None:
         mean = torch.stack([flat(run(step, batch, number)[1]) for number in range(draws)]).mean(0)
         return float((mean - plain).norm() / plain.norm())
 
-    assert bias("Sampled", 800) < 0.08  # falls as 1 / sqrt(draws)
+    assert bias("Sampled", 200) < 0.16  # falls as 1 / sqrt(draws)
     assert bias("Top", 1) > 0.3
 
 
@@ -243,6 +246,34 @@ def test_evaluation_leaves_no_gradient_and_agrees_with_training() -> None:
     evaluated = step.evaluate(batch)
     assert gradients(model) == {}
     assert float(evaluated.loss_sum) == pytest.approx(float(run(step, batch)[0].loss_sum), rel=1e-5)
+
+
+def test_compiled_blocks_share_one_graph_without_breaks_and_give_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More blocks than torch compiles one function for (8), so that one graph for each would show.
+
+    The backend counts the graphs and runs them as they are: code generation is torch's business, and slow.
+    """
+    batch, gating = batch_of(), {"strategy": "GradientNorm", "token_ratio": 0.5}
+    expected_loss, expected = run(step_of(model_of(layers=10), **gating), batch)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compile_module(module, backend=count, fullgraph=True)
+    )
+    step = step_of(model_of(layers=10), compile=Compile.DEFAULT, **gating)
+    result, actual = run(step, batch)
+    assert_same(actual, expected, 1e-6)
+    assert float(result.loss_sum) == pytest.approx(float(expected_loss.loss_sum), rel=1e-6)
+    assert len(graphs) == 1
+    step.evaluate(batch)
+    assert len(graphs) == 2  # the one without gradients
 
 
 def test_ratio_falls_over_the_warm_up_in_few_steps() -> None:

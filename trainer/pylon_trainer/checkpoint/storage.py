@@ -112,17 +112,29 @@ def open_store(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, root.rstrip("/")
 
 
+def lacks_credentials(error: Exception) -> bool:
+    """Whether a store's client found no credentials or had them refused.
+
+    Each client has errors of its own for that, which cannot be imported here for certain; those of Google, Azure and
+    HTTP carry the answer's status.
+    """
+    statuses = (getattr(error, field, None) for field in ("code", "status_code", "status"))
+    return "Credential" in type(error).__name__ or any(status in (401, 403) for status in statuses)
+
+
 def _translated(error: Exception, verb: str, uri: str) -> TrainerError:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "Credential" in type(error).__name__:
-        return ConfigError(f"cannot {verb} {uri}: no credentials ({line}); give them to the pods from a Secret")
+    if lacks_credentials(error):
+        return ConfigError(
+            f"cannot {verb} {uri}: credentials missing or refused ({line}); give them to the pods from a Secret"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"cannot {verb} {uri}: no space left there; free some or lower checkpoint.keep")
     return StorageError(f"cannot {verb} {uri}: {line}")
 
 
 def _is_final(error: Exception) -> bool:
-    return "Credential" in type(error).__name__ or (isinstance(error, OSError) and error.errno in _FINAL)
+    return lacks_credentials(error) or (isinstance(error, OSError) and error.errno in _FINAL)
 
 
 def _sync_directory(path: Path) -> None:

@@ -79,6 +79,10 @@ def hold_out(pieces: Sequence[Piece], fraction: float) -> Holds:
     return lambda place: _hash(place) < limit
 
 
+class NoText(DataError):
+    """No document of the whole corpus holds any text."""
+
+
 class Position(NamedTuple):
     """Where a lane reads next."""
 
@@ -125,7 +129,7 @@ class Lane:
         self._ids: Ids | None = None
 
     def next_sample(self, length: int) -> Sample:
-        """The next `length` tokens. Raises DataError when nothing of the corpus holds text."""
+        """The next `length` tokens. Raises NoText when nothing of the corpus holds any."""
         sample = Sample(np.empty(length, np.int64), np.empty(length, np.int64), np.empty(length, np.int32))
         filled = number = 0
         while filled < length:
@@ -163,7 +167,7 @@ class Lane:
                 self.position = self.position._replace(document=self.position.document + 1)
             self.position = Position(self.position.piece + self._lanes, 0, min(self.position.token, 0))
             self._documents = None
-        raise DataError(f"training.data: {len(self._corpus)} pieces of files were read and none holds any text")
+        raise NoText(f"training.data: {len(self._corpus)} pieces of files were read and none holds any text")
 
     def _encode(self, document: Document) -> Ids:
         end = np.array([self._tokenizer.end_of_text])

@@ -16,7 +16,7 @@ from typing import IO
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pylon_trainer.checkpoint.storage import open_store
+from pylon_trainer.checkpoint.storage import lacks_credentials, open_store
 from pylon_trainer.errors import ConfigError, DataError, StorageError
 
 STANDARD_LIBRARY = "python://stdlib/"
@@ -123,14 +123,13 @@ def explained(what: str) -> Iterator[None]:
         raise DataError(f"{what}: no such file") from error
     except PermissionError as error:
         raise DataError(f"{what}: access denied ({_one_line(error)}); check the credentials") from error
-    except OSError as error:
-        raise StorageError(f"{what}: cannot be read ({_one_line(error)})") from error
     except Exception as error:
-        # Each store's SDK has credential errors of its own, and none of them can be imported here for certain.
-        if "Credential" in type(error).__name__ or getattr(error, "code", None) in (401, 403):
+        if lacks_credentials(error):
             raise DataError(
-                f"{what}: credentials missing or refused ({_one_line(error)}); give them to the pods through a Secret"
+                f"{what}: credentials missing or refused ({_one_line(error)}); give them to the pods from a Secret"
             ) from error
+        if isinstance(error, OSError):
+            raise StorageError(f"{what}: cannot be read ({_one_line(error)})") from error
         raise
 
 

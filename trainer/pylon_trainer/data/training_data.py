@@ -6,6 +6,7 @@ out, never of those prepared ahead.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,7 +17,7 @@ import torch
 
 from pylon_api.training import DataSpec, Packing
 from pylon_trainer.data.documents import cut
-from pylon_trainer.data.lanes import GOLDEN, Corpus, Lane, Position, Sample, hold_out
+from pylon_trainer.data.lanes import GOLDEN, Corpus, Lane, NoText, Position, Sample, hold_out
 from pylon_trainer.data.sources import list_files
 from pylon_trainer.data.tokenizer import Tokenizer, load_tokenizer
 from pylon_trainer.errors import ConfigError, DataError
@@ -25,16 +26,15 @@ from pylon_trainer.step import Batch
 HELD_OUT_SEED = 0
 """Order of held-out documents: mixed, and the same whatever the seed of training."""
 
+logger = logging.getLogger("pylon")
+
 
 def open_data(spec: DataSpec, *, seed: int, rank: int, world_size: int, global_sequences: int) -> TrainingData:
     """The data of one rank. Lists files and reads the tokenizer, but no text yet.
 
-    global_sequences: sequences of a step over all ranks, divisible by world_size. Raises ConfigError or DataError.
+    global_sequences: sequences of a step over all ranks, divisible by world_size (configuration.py sees to that).
+    Raises ConfigError or DataError.
     """
-    if global_sequences % world_size:
-        raise ConfigError(
-            f"training.batch.sequences: {global_sequences} cannot be divided among {world_size} processes"
-        )
     tokenizer = load_tokenizer(spec.tokenizer)
     pieces = cut(list_files(spec.train, "training.data.train"), spec.format)
     held = hold_out(pieces, 0 if spec.held_out else spec.held_out_fraction)
@@ -97,21 +97,29 @@ class TrainingData:
     def held_out(self, sequences: int) -> list[Batch]:
         """This rank's share of the fixed set of held-out sequences, in batches no larger than those of training.
 
-        Empty where nothing is held out. The same for any number of ranks, taken together.
+        Empty where nothing is held out; a fraction that comes to no document of a small corpus is said to. The same for
+        any number of ranks, taken together.
         """
         if not len(self._held_out):
             return []
         everyone = self._global_sequences // len(self._numbers)
         rank = self._numbers.start // len(self._numbers)
         mine = range(rank * sequences // everyone, (rank + 1) * sequences // everyone)
-        samples = [
-            Lane(self._held_out, self.tokenizer, sequences, number, begin=number * GOLDEN % 1).next_sample(
-                self._spec.sequence_length
-            )
-            for number in mine
-        ]
+        try:
+            samples = [self._held_out_sample(sequences, number) for number in mine]
+        except NoText:
+            if self._spec.held_out:
+                raise
+            if rank == 0:
+                fraction = self._spec.held_out_fraction
+                logger.warning(f"training.data.heldOutFraction {fraction} comes to no document: no held-out loss")
+            return []
         size = len(self._numbers)
         return [self._batch(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+    def _held_out_sample(self, sequences: int, number: int) -> Sample:
+        lane = Lane(self._held_out, self.tokenizer, sequences, number, begin=number * GOLDEN % 1)
+        return lane.next_sample(self._spec.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank's lanes are, counting only batches that were handed out. Plain JSON."""

@@ -20,9 +20,6 @@ from torch import Tensor
 
 from pylon_trainer.errors import ConfigError, PeerLost
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Longest wait for a peer that lives but says nothing; it must outlast a checkpoint. Dead peers are noticed at once."""
-
 T = TypeVar("T")
 
 
@@ -31,7 +28,7 @@ def collective() -> Iterator[None]:
     """Turns the failure of a collective into PeerLost."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own device, whose errors surface anywhere
         raise
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -92,8 +89,11 @@ def _skeleton(state: Any) -> Any:
     return torch.empty_like(state, device="meta") if isinstance(state, Tensor) else state
 
 
-def join_world(gpus_per_node: int) -> World:
-    """Meet the other ranks that the launcher started. ConfigError when the GPUs asked for are not there."""
+def join_world(gpus_per_node: int, timeout_seconds: float) -> World:
+    """Meet the other ranks that the launcher started. ConfigError when the GPUs asked for are not there.
+
+    timeout_seconds: after this long in a collective, this one included, a silent peer counts as lost.
+    """
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = _choose_device(gpus_per_node, local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
@@ -101,7 +101,7 @@ def join_world(gpus_per_node: int) -> World:
     with collective(), _rendezvous_port():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)

@@ -12,6 +12,9 @@ from pylon_trainer.errors import ConfigError
 _DEFAULT_GRACE_SECONDS = 30
 """As Kubernetes has it when a pod says nothing."""
 
+_DEFAULT_COLLECTIVE_TIMEOUT_SECONDS = 1800
+"""It must outlast the slowest checkpoint, which the other ranks wait for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -28,6 +31,8 @@ class Environment:
     grace_seconds: int
     """Seconds between SIGTERM and SIGKILL."""
     topology_file: Path
+    collective_timeout_seconds: int
+    """Longest wait for a peer that lives but says nothing: one that is frozen. A dead one is noticed at once."""
 
     @classmethod
     def read(cls) -> Environment:
@@ -41,6 +46,9 @@ class Environment:
             termination_log=_path(names.ENV_TERMINATION_LOG, names.TERMINATION_MESSAGE_PATH),
             grace_seconds=integer(names.ENV_GRACE_SECONDS, _DEFAULT_GRACE_SECONDS),
             topology_file=_path(names.ENV_TOPOLOGY_FILE, f"{names.TOPOLOGY_DIRECTORY}/{names.TOPOLOGY_FILE}"),
+            collective_timeout_seconds=integer(
+                names.ENV_COLLECTIVE_TIMEOUT_SECONDS, _DEFAULT_COLLECTIVE_TIMEOUT_SECONDS
+            ),
         )
 
     def worker_report(self, rank: int) -> Path:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPPED_EARLY = "asked to stop before training began"
 
 _SAME_REQUEST_SECONDS = 1.0
 """Ctrl-C reaches a whole process group and is forwarded by the launcher too: that is one request, not two."""
@@ -62,7 +63,7 @@ class StopFlag:
     def _hear(self, _: int) -> None:
         now = time.monotonic()
         if not self._deferred:
-            self._at_once("asked to stop before training began")
+            self._at_once(STOPPED_EARLY)
         elif self._first_time is None:
             self._first_time = now
         elif now - self._first_time > _SAME_REQUEST_SECONDS:
