@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fake_api_server import merged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,20 +19,7 @@ json_objects = st.dictionaries(
 )
 
 
-def _applied(target: Any, patch: Any) -> Any:
-    """RFC 7396, section 2."""
-    if not isinstance(patch, dict):
-        return patch
-    result = dict(target) if isinstance(target, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            result.pop(key, None)
-        else:
-            result[key] = _applied(result.get(key), value)
-    return result
-
-
 @given(json_objects, json_objects)
 def test_a_merge_patch_makes_the_one_out_of_the_other(old: dict[str, Any], new: dict[str, Any]) -> None:
-    assert _applied(old, merge_patch(old, new)) == new
+    assert merged(old, merge_patch(old, new)) == new
     assert merge_patch(new, new) == {}

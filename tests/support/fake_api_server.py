@@ -145,8 +145,8 @@ class FakeApiServer:
     def _patch(self, place: Place, body: Object) -> web.Response:
         if (conflict := self._conflict(place, body.get("metadata") or {})) is not None:
             return conflict
-        merged = _merged(self.objects[place], {k: v for k, v in body.items() if k not in ("apiVersion", "kind")})
-        return web.json_response(self.put(place[0], merged))
+        changed = merged(self.objects[place], {k: v for k, v in body.items() if k not in ("apiVersion", "kind")})
+        return web.json_response(self.put(place[0], changed))
 
     def _replace(self, place: Place, body: Object) -> web.Response:
         if (conflict := self._conflict(place, body["metadata"])) is not None:
@@ -237,7 +237,8 @@ def credentials_for(url: str, directory: Path, token: str = "t0ken") -> Credenti
     return load_credentials(path)
 
 
-def _merged(target: Any, patch: Any) -> Any:
+def merged(target: Any, patch: Any) -> Any:
+    """What a JSON merge patch makes of its target (RFC 7396, section 2)."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}
@@ -245,7 +246,7 @@ def _merged(target: Any, patch: Any) -> Any:
         if value is None:
             result.pop(key, None)
         else:
-            result[key] = _merged(result.get(key), value)
+            result[key] = merged(result.get(key), value)
     return result
 
 
