@@ -78,11 +78,11 @@ def attend_rows(
     Raises ValueError when shapes or types do not fit.
     """
     (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
-    own = own_JKE or ()
+    own: tuple[Tensor, ...] = own_JKE or ()
     if k_BJTE.shape != (B, J, T, E) or v_BJTE.shape != k_BJTE.shape or any(x.shape != (J, K, E) for x in own) or H % J:
         raise ValueError(
-            f"attend_rows: queries {tuple(q_HKE.shape)}, keys {tuple(k_BJTE.shape)}, values {tuple(v_BJTE.shape)} and "
-            f"own {[tuple(x.shape) for x in own]} must be (H, K, E), twice (B, J, T, E) and (J, K, E), H a multiple of J"
+            f"attend_rows: queries {tuple(q_HKE.shape)}, keys {tuple(k_BJTE.shape)}, values {tuple(v_BJTE.shape)}, own "
+            f"{[tuple(x.shape) for x in own]} must be (H, K, E), twice (B, J, T, E) and (J, K, E), H a multiple of J"
         )
     if E > WIDEST_HEAD:
         raise ValueError(f"attend_rows: heads are {E} wide; give at most {WIDEST_HEAD}")
@@ -94,7 +94,7 @@ def attend_rows(
         q_HKE, k_BJTE, v_BJTE = q_HKE.to(dtype), k_BJTE.to(dtype), v_BJTE.to(dtype)
         own = tuple(x.to(dtype) for x in own)
     if not q_HKE.is_cuda:
-        return reference.attend_rows(q_HKE, k_BJTE, v_BJTE, layout, own_JKE, scale)
+        return reference.attend_rows(q_HKE, k_BJTE, v_BJTE, layout, own or None, scale)
     if q_HKE.dtype != k_BJTE.dtype or k_BJTE.dtype != v_BJTE.dtype or q_HKE.dtype.itemsize > 4:
         raise ValueError(
             f"attend_rows: queries are {q_HKE.dtype}, keys {k_BJTE.dtype}, values {v_BJTE.dtype}; give all as float32, "

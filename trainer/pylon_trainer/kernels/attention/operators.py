@@ -16,17 +16,17 @@ def attend_rows(
     q_HKE: Tensor,
     k_BJTE: Tensor,
     v_BJTE: Tensor,
-    own_k_JKE: Tensor | None,
-    own_v_JKE: Tensor | None,
+    own_k_JKE: Tensor | None,  # noqa: ARG001
+    own_v_JKE: Tensor | None,  # noqa: ARG001
     rows_K: Tensor,
     first_K: Tensor,
     ends_B: Tensor,
-    until_K: Tensor,
+    until_K: Tensor,  # noqa: ARG001
     scale: float,
     windowed: bool,
 ) -> tuple[Tensor, Tensor]:
     """What the rows see, K x H x E, and the logarithm (base 2) of their sum of exponentials, K x H. The rows' own keys
-    and values only receive gradient: their values are read from among the others."""
+    and values, and until_K, matter to the gradient alone: values are read from among the others."""
     from pylon_trainer.kernels.attention import triton as fused
 
     return fused.forward(q_HKE, k_BJTE, v_BJTE, rows_K, first_K, ends_B, scale, windowed)
@@ -101,7 +101,7 @@ def _(
     keys_L: Tensor,
     *others: Any,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    shape = len(keys_L), k_BJTE.shape[1], k_BJTE.shape[3]
+    shape = keys_L.shape[0], k_BJTE.shape[1], k_BJTE.shape[3]
     return k_BJTE.new_empty(shape), v_BJTE.new_empty(shape)
 
 
@@ -120,7 +120,7 @@ def _backward(ctx: Any, d_y_KHE: Tensor, d_logsumexp_KH: Tensor) -> tuple[Tensor
     statistics = d_y_KHE, q_HKE, k_BJTE, v_BJTE, logsumexp_KH, delta_KH, rows_K, first_K
     d_k = d_v = d_own_k = d_own_v = None
     if needs_own_k or needs_own_v:
-        each_K = torch.arange(len(rows_K), dtype=torch.int32, device=rows_K.device)
+        each_K = torch.arange(rows_K.shape[0], dtype=torch.int32, device=rows_K.device)
         d_keys_KJE = _d_keys(*statistics, rows_K, each_K, until_K, ends_B, ctx.scale)
         d_own_k, d_own_v = (d_KJE.transpose(0, 1) for d_KJE in d_keys_KJE)
     if needs_k or needs_v:

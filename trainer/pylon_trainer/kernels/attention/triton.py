@@ -79,10 +79,9 @@ def _load(base, offset_R, inside_R, MASKED: tl.constexpr, E: tl.constexpr, E_PAD
     at_RE = base + offset_R[:, None] + e_E[None, :]
     if MASKED:
         return tl.load(at_RE, mask=inside_R[:, None] & (e_E < E)[None, :], other=0.0)
-    elif E < E_PADDED:
+    if E < E_PADDED:
         return tl.load(at_RE, mask=(e_E < E)[None, :], other=0.0)
-    else:
-        return tl.load(at_RE)
+    return tl.load(at_RE)
 
 
 @triton.jit
@@ -254,12 +253,12 @@ def _d_keys_kernel(
 
 def forward(
     q_HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, rows_K: Tensor, first_K: Tensor, ends_B: Tensor,
-    scale: float, windowed: bool, tilings: Tilings | None = None,
+    scale: float, windowed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the rows see, K x H x E, and the logarithm (base 2) of their sum of exponentials, float32 K x H."""
     (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
     q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
-    tiling = (tilings or _tilings(q_HKE)).forward
+    tiling = choose_tilings(q_HKE).forward
     y_KHE, logsumexp_KH = q_HKE.new_empty(K, H, E), q_HKE.new_empty(K, H, dtype=torch.float32)
     if K:
         _forward_kernel[_grid(K * (H // J), tiling.rows, B, J)](
@@ -272,12 +271,12 @@ def forward(
 
 def d_queries(
     d_y_KHE: Tensor, q_HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, y_KHE: Tensor, logsumexp_KH: Tensor,
-    rows_K: Tensor, first_K: Tensor, ends_B: Tensor, scale: float, windowed: bool, tilings: Tilings | None = None,
+    rows_K: Tensor, first_K: Tensor, ends_B: Tensor, scale: float, windowed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of the queries, K x H x E, and delta, float32 K x H."""
     (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
     q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
-    tiling = (tilings or _tilings(q_HKE)).d_queries
+    tiling = choose_tilings(q_HKE).d_queries
     d_q_KHE, delta_KH = torch.empty_like(y_KHE), torch.empty_like(logsumexp_KH)
     if K:
         _d_queries_kernel[_grid(K * (H // J), tiling.rows, B, J)](
@@ -292,13 +291,13 @@ def d_queries(
 def d_keys(
     d_y_KHE: Tensor, q_HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, logsumexp_KH: Tensor, delta_KH: Tensor,
     rows_K: Tensor, first_K: Tensor, keys_L: Tensor, from_L: Tensor, until_L: Tensor, key_ends_B: Tensor,
-    scale: float, tilings: Tilings | None = None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the keys and values at places keys_L, each L x J x E. Rows from_L[l] to until_L[l] see key l, in the
     order of rows_K."""
     (H, _, E), (B, J, T, _), L = q_HKE.shape, k_BJTE.shape, len(keys_L)
     q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
-    tiling = (tilings or _tilings(q_HKE)).d_keys
+    tiling = choose_tilings(q_HKE).d_keys
     d_k_LJE, d_v_LJE = k_BJTE.new_empty(L, J, E), v_BJTE.new_empty(L, J, E)
     if L:
         _d_keys_kernel[_grid(L, tiling.keys, B, J)](
@@ -319,7 +318,7 @@ def _grid(packed: int, size: int, B: int, J: int) -> tuple[int, int]:
     return triton.cdiv(packed, size) + B, J
 
 
-def _constants(G: int, E: int, B: int, tiling: Tiling) -> dict[str, int]:
+def _constants(G: int, E: int, B: int, tiling: Tiling) -> dict[str, int | bool]:
     return {
         "G": G,
         "E": E,
@@ -329,10 +328,12 @@ def _constants(G: int, E: int, B: int, tiling: Tiling) -> dict[str, int]:
         "B_PADDED": triton.next_power_of_2(B),
         "num_stages": tiling.stages,
         "num_warps": tiling.warps,
+        "enable_fp_fusion": True,
     }
 
 
-def _tilings(q: Tensor) -> Tilings:
+def choose_tilings(q: Tensor) -> Tilings:
+    """Those for queries of this type and width on their device."""
     if q.is_cuda and q.itemsize == 2:
         memory_bytes = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
         if memory_bytes >= LARGE_MEMORY_BYTES:
