@@ -78,7 +78,7 @@ def attend_rows(
     Raises ValueError when shapes or types do not fit.
     """
     (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
-    own: tuple[Tensor, ...] = own_JKE or ()
+    own = () if own_JKE is None else own_JKE
     if k_BJTE.shape != (B, J, T, E) or v_BJTE.shape != k_BJTE.shape or any(x.shape != (J, K, E) for x in own) or H % J:
         raise ValueError(
             f"attend_rows: queries {tuple(q_HKE.shape)}, keys {tuple(k_BJTE.shape)}, values {tuple(v_BJTE.shape)}, own "
@@ -92,17 +92,17 @@ def attend_rows(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q_HKE, k_BJTE, v_BJTE = q_HKE.to(dtype), k_BJTE.to(dtype), v_BJTE.to(dtype)
-        own = tuple(x.to(dtype) for x in own)
+        own_JKE = own_JKE and (own_JKE[0].to(dtype), own_JKE[1].to(dtype))
     if not q_HKE.is_cuda:
-        return reference.attend_rows(q_HKE, k_BJTE, v_BJTE, layout, own or None, scale)
+        return reference.attend_rows(q_HKE, k_BJTE, v_BJTE, layout, own_JKE, scale)
     if q_HKE.dtype != k_BJTE.dtype or k_BJTE.dtype != v_BJTE.dtype or q_HKE.dtype.itemsize > 4:
         raise ValueError(
             f"attend_rows: queries are {q_HKE.dtype}, keys {k_BJTE.dtype}, values {v_BJTE.dtype}; give all as float32, "
             "bfloat16 or float16"
         )
-    if own:
+    if own_JKE is not None:
         k_BJTE, v_BJTE = k_BJTE.detach(), v_BJTE.detach()
-    own_k_JKE, own_v_JKE = own or (None, None)
+    own_k_JKE, own_v_JKE = own_JKE or (None, None)
     y_KHE, _ = fused_attend_rows(
         q_HKE, k_BJTE, v_BJTE, own_k_JKE, own_v_JKE,
         layout.rows_K, layout.first_K, layout.ends_B, layout.until_K, scale, layout.windowed,

@@ -68,12 +68,13 @@ def _d_keys(
     until_L: Tensor,
     key_ends_B: Tensor,
     scale: float,
+    windowed: bool,
 ) -> tuple[Tensor, Tensor]:
     from pylon_trainer.kernels.attention import triton as fused
 
     return fused.d_keys(
         d_y_KHE, q_HKE, k_BJTE, v_BJTE, logsumexp_KH, delta_KH,
-        rows_K, first_K, keys_L, from_L, until_L, key_ends_B, scale,
+        rows_K, first_K, keys_L, from_L, until_L, key_ends_B, scale, windowed,
     )  # fmt: skip
 
 
@@ -121,14 +122,14 @@ def _backward(ctx: Any, d_y_KHE: Tensor, d_logsumexp_KH: Tensor) -> tuple[Tensor
     d_k = d_v = d_own_k = d_own_v = None
     if needs_own_k or needs_own_v:
         each_K = torch.arange(rows_K.shape[0], dtype=torch.int32, device=rows_K.device)
-        d_keys_KJE = _d_keys(*statistics, rows_K, each_K, until_K, ends_B, ctx.scale)
+        d_keys_KJE = _d_keys(*statistics, rows_K, each_K, until_K, ends_B, ctx.scale, ctx.windowed)
         d_own_k, d_own_v = (d_KJE.transpose(0, 1) for d_KJE in d_keys_KJE)
     if needs_k or needs_v:
         B, _, T, _ = k_BJTE.shape
         keys_N = torch.arange(B * T, dtype=torch.int32, device=rows_K.device)
         from_N = torch.searchsorted(rows_K, keys_N, out_int32=True)
         until_N = torch.searchsorted(first_K, keys_N, out_int32=True, right=True)
-        d_keys_NJE = _d_keys(*statistics, keys_N, from_N, until_N, keys_N[T - 1 :: T] + 1, ctx.scale)
+        d_keys_NJE = _d_keys(*statistics, keys_N, from_N, until_N, keys_N[T - 1 :: T] + 1, ctx.scale, ctx.windowed)
         d_k, d_v = (d_NJE.unflatten(0, (B, T)).transpose(1, 2) for d_NJE in d_keys_NJE)
     return d_q_KHE.transpose(0, 1), d_k, d_v, d_own_k, d_own_v, None, None, None, None, None, None
 

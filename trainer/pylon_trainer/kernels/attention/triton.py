@@ -47,15 +47,17 @@ class Tilings:
     d_keys: Tiling
 
 
-LARGE = {
+TENSOR_CORES = {
     64: Tilings(Tiling(128, 128, 3, 8), Tiling(128, 64, 3, 8), Tiling(64, 128, 3, 8)),
-    128: Tilings(Tiling(128, 64, 3, 8), Tiling(128, 64, 2, 8), Tiling(64, 128, 2, 8)),
-    256: Tilings(Tiling(128, 64, 2, 8), Tiling(64, 64, 2, 8), Tiling(64, 64, 1, 8)),
+    128: Tilings(Tiling(128, 64, 3, 8), Tiling(128, 32, 3, 8), Tiling(32, 128, 2, 8)),
+    256: Tilings(Tiling(128, 32, 3, 8), Tiling(64, 32, 2, 8), Tiling(16, 64, 2, 8)),
 }
 """By the largest width of a head that they serve, for 16-bit elements and multiprocessors with LARGE_MEMORY_BYTES."""
 LARGE_MEMORY_BYTES = 200 * 1024
-SMALL = Tilings(Tiling(64, 32, 2, 4), Tiling(32, 32, 2, 4), Tiling(32, 32, 1, 4))
-"""For everything else: float32, and GPUs with less shared memory."""
+SMALL_MEMORY = Tilings(Tiling(64, 32, 2, 4), Tiling(32, 32, 1, 4), Tiling(16, 32, 1, 4))
+"""For 16-bit elements where shared memory is scarcer."""
+FULL_PRECISION = Tilings(Tiling(32, 16, 1, 8), Tiling(32, 16, 1, 8), Tiling(16, 32, 1, 8))
+"""float32: every product is three, which leaves few registers. Slow, and exact to about 1e-6."""
 
 
 @triton.jit
@@ -70,6 +72,14 @@ def _tile(ends_B, index, B, G: tl.constexpr, SIZE: tl.constexpr, B_PADDED: tl.co
     begin = tl.sum(tl.where(b_B == b, begin_B, 0), 0)
     end = tl.sum(tl.where(b_B == b, end_B, 0), 0)
     return b, begin * G + (index - before) * SIZE, end * G
+
+
+@triton.jit
+def _packed(p, G: tl.constexpr, M: tl.constexpr):
+    """Packed rows p to p + M: the row of the first, and for each its distance to that row and its head in the group.
+    Without groups nothing but the first row depends on p, which keeps the addresses of a loop out of it."""
+    r_M = p % G + tl.arange(0, M)
+    return p // G, r_M // G, r_M % G
 
 
 @triton.jit
@@ -89,6 +99,12 @@ def _store(base, offset_R, inside_R, x_RE, E: tl.constexpr, E_PADDED: tl.constex
     e_E = tl.arange(0, E_PADDED)
     at_RE = base + offset_R[:, None] + e_E[None, :]
     tl.store(at_RE, x_RE.to(base.dtype.element_ty), mask=inside_R[:, None] & (e_E < E)[None, :])
+
+
+@triton.jit
+def _sees(place, first, key, WINDOWED: tl.constexpr):
+    """Whether a row at a place, which sees keys from the first, sees a key; broadcast."""
+    return (key <= place) & (key >= first) if WINDOWED else key <= place
 
 
 @triton.jit
@@ -123,8 +139,8 @@ def _forward_kernel(
     p_M, n_N = p + tl.arange(0, M), tl.arange(0, N)
     inside_M, k_M, h_M = p_M < p_end, p_M // G, j * G + p_M % G
     kh_M = k_M.to(tl.int64) * H + h_M
-    place_M = tl.load(rows_K + k_M, mask=inside_M, other=0) - origin
-    first_M = tl.load(first_K + k_M, mask=inside_M, other=0) - origin
+    place_M1 = (tl.load(rows_K + k_M, mask=inside_M, other=0) - origin)[:, None]
+    first_M1 = (tl.load(first_K + k_M, mask=inside_M, other=0) - origin)[:, None]
     q_ME = _load(q_HKE, k_M.to(tl.int64) * stride_qk + h_M * stride_qh, inside_M, True, E, E_PADDED)
 
     y_ME = tl.zeros([M, E_PADDED], tl.float32)
@@ -136,12 +152,11 @@ def _forward_kernel(
         v_NE = v_BJTE + b.to(tl.int64) * stride_vb + j * stride_vj + starts[run].to(tl.int64) * stride_vt
         for n in range(starts[run], stops[run], N):
             key_NE = _load(k_NE, n_N * stride_kt, n + n_N < stops[2], run != 1, E, E_PADDED)
-            x_MN = tl.dot(q_ME, key_NE.T, input_precision="tf32x3") * log2_scale
+            x_MN = tl.dot(q_ME, key_NE.T, input_precision="tf32x3")
             if run != 1:
-                place_1N = (n + n_N)[None, :]
-                x_MN = tl.where((place_1N <= place_M[:, None]) & (place_1N >= first_M[:, None]), x_MN, float("-inf"))
-            new_m_M = tl.maximum(m_M, tl.max(x_MN, 1))
-            p_MN = tl.exp2(x_MN - new_m_M[:, None])
+                x_MN = tl.where(_sees(place_M1, first_M1, (n + n_N)[None, :], WINDOWED), x_MN, float("-inf"))
+            new_m_M = tl.maximum(m_M, tl.max(x_MN, 1) * log2_scale)
+            p_MN = tl.exp2(x_MN * log2_scale - new_m_M[:, None])
             factor_M = tl.exp2(m_M - new_m_M)
             s_M = s_M * factor_M + tl.sum(p_MN, 1)
             value_NE = _load(v_NE, n_N * stride_vt, n + n_N < stops[2], run != 1, E, E_PADDED)
@@ -168,8 +183,8 @@ def _d_queries_kernel(
     p_M, n_N = p + tl.arange(0, M), tl.arange(0, N)
     inside_M, k_M, h_M = p_M < p_end, p_M // G, j * G + p_M % G
     kh_M = k_M.to(tl.int64) * H + h_M
-    place_M = tl.load(rows_K + k_M, mask=inside_M, other=0) - origin
-    first_M = tl.load(first_K + k_M, mask=inside_M, other=0) - origin
+    place_M1 = (tl.load(rows_K + k_M, mask=inside_M, other=0) - origin)[:, None]
+    first_M1 = (tl.load(first_K + k_M, mask=inside_M, other=0) - origin)[:, None]
     q_ME = _load(q_HKE, k_M.to(tl.int64) * stride_qk + h_M * stride_qh, inside_M, True, E, E_PADDED)
     d_y_ME = _load(d_y_KHE, kh_M * E, inside_M, True, E, E_PADDED)
     y_ME = _load(y_KHE, kh_M * E, inside_M, True, E, E_PADDED)
@@ -185,11 +200,10 @@ def _d_queries_kernel(
         for n in range(starts[run], stops[run], N):
             key_NE = _load(k_NE, n_N * stride_kt, n + n_N < stops[2], run != 1, E, E_PADDED)
             value_NE = _load(v_NE, n_N * stride_vt, n + n_N < stops[2], run != 1, E, E_PADDED)
-            x_MN = tl.dot(q_ME, key_NE.T, input_precision="tf32x3") * log2_scale
-            p_MN = tl.exp2(x_MN - logsumexp_M[:, None])
+            x_MN = tl.dot(q_ME, key_NE.T, input_precision="tf32x3")
+            p_MN = tl.exp2(x_MN * log2_scale - logsumexp_M[:, None])
             if run != 1:
-                place_1N = (n + n_N)[None, :]
-                p_MN = tl.where((place_1N <= place_M[:, None]) & (place_1N >= first_M[:, None]), p_MN, 0.0)
+                p_MN = tl.where(_sees(place_M1, first_M1, (n + n_N)[None, :], WINDOWED), p_MN, 0.0)
             d_p_MN = tl.dot(d_y_ME, value_NE.T, input_precision="tf32x3")
             d_x_MN = p_MN * (d_p_MN - delta_M[:, None])
             d_q_ME = tl.dot(d_x_MN.to(key_NE.dtype), key_NE, d_q_ME, input_precision="tf32x3")
@@ -203,7 +217,7 @@ def _d_keys_kernel(
     d_y_KHE, q_HKE, k_BJTE, v_BJTE, logsumexp_KH, delta_KH, rows_K, first_K, keys_L, from_L, until_L, key_ends_B,
     d_k_LJE, d_v_LJE, B, T, scale, log2_scale,
     stride_qh, stride_qk, stride_kb, stride_kj, stride_kt, stride_vb, stride_vj, stride_vt,
-    G: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, B_PADDED: tl.constexpr,
 ):  # fmt: skip
     # Early keys are seen by the most rows: they go first.
@@ -228,23 +242,28 @@ def _d_keys_kernel(
     d_v_NE = tl.zeros([N, E_PADDED], tl.float32)
     for run in tl.static_range(3):
         for p in range(starts[run], stops[run], M):
-            p_M = p + tl.arange(0, M)
-            inside_M, k_M, h_M = p_M < stop, p_M // G, j * G + p_M % G
-            kh_M = k_M.to(tl.int64) * H + h_M
-            q_ME = _load(q_HKE, k_M.to(tl.int64) * stride_qk + h_M * stride_qh, inside_M, run != 1, E, E_PADDED)
-            d_y_ME = _load(d_y_KHE, kh_M * E, inside_M, run != 1, E, E_PADDED)
-            logsumexp_M = tl.load(logsumexp_KH + kh_M, mask=inside_M, other=0.0)
-            delta_M = tl.load(delta_KH + kh_M, mask=inside_M, other=0.0)
-            x_NM = tl.dot(k_NE, q_ME.T, input_precision="tf32x3") * log2_scale
-            p_NM = tl.exp2(x_NM - logsumexp_M[None, :])
+            k, after_M, g_M = _packed(p, G, M)
+            inside_M = p + tl.arange(0, M) < stop
+            q_at = q_HKE + tl.cast(k, tl.int64) * stride_qk + (j * G).to(tl.int64) * stride_qh
+            q_ME = _load(q_at, after_M * stride_qk + g_M * stride_qh, inside_M, run != 1, E, E_PADDED)
+            kh, kh_M = tl.cast(k, tl.int64) * H + j * G, after_M * H + g_M
+            d_y_ME = _load(d_y_KHE + kh * E, kh_M * E, inside_M, run != 1, E, E_PADDED)
+            if run != 1:
+                logsumexp_1M = tl.load(logsumexp_KH + kh + kh_M, mask=inside_M, other=0.0)[None, :]
+                delta_1M = tl.load(delta_KH + kh + kh_M, mask=inside_M, other=0.0)[None, :]
+            else:
+                logsumexp_1M = tl.load(logsumexp_KH + kh + kh_M)[None, :]
+                delta_1M = tl.load(delta_KH + kh + kh_M)[None, :]
+            x_NM = tl.dot(k_NE, q_ME.T, input_precision="tf32x3")
+            p_NM = tl.exp2(x_NM * log2_scale - logsumexp_1M)
             if run != 1:
                 # A row outside sees places up to -1: none.
-                place_1M = tl.load(rows_K + k_M, mask=inside_M, other=-1)[None, :]
-                first_1M = tl.load(first_K + k_M, mask=inside_M, other=0)[None, :]
-                p_NM = tl.where((place_N[:, None] <= place_1M) & (place_N[:, None] >= first_1M), p_NM, 0.0)
+                place_1M = tl.load(rows_K + k + after_M, mask=inside_M, other=-1)[None, :]
+                first_1M = tl.load(first_K + k + after_M, mask=inside_M, other=0)[None, :]
+                p_NM = tl.where(_sees(place_1M, first_1M, place_N[:, None], WINDOWED), p_NM, 0.0)
             d_v_NE = tl.dot(p_NM.to(d_y_ME.dtype), d_y_ME, d_v_NE, input_precision="tf32x3")
             d_p_NM = tl.dot(v_NE, d_y_ME.T, input_precision="tf32x3")
-            d_x_NM = p_NM * (d_p_NM - delta_M[None, :])
+            d_x_NM = p_NM * (d_p_NM - delta_1M)
             d_k_NE = tl.dot(d_x_NM.to(q_ME.dtype), q_ME, d_k_NE, input_precision="tf32x3")
     lj_N = l_N.to(tl.int64) * J + j
     _store(d_k_LJE, lj_N * E, inside_N, d_k_NE * scale, E, E_PADDED)
@@ -291,7 +310,7 @@ def d_queries(
 def d_keys(
     d_y_KHE: Tensor, q_HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, logsumexp_KH: Tensor, delta_KH: Tensor,
     rows_K: Tensor, first_K: Tensor, keys_L: Tensor, from_L: Tensor, until_L: Tensor, key_ends_B: Tensor,
-    scale: float,
+    scale: float, windowed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the keys and values at places keys_L, each L x J x E. Rows from_L[l] to until_L[l] see key l, in the
     order of rows_K."""
@@ -304,7 +323,7 @@ def d_keys(
             d_y_KHE.contiguous(), q_HKE, k_BJTE, v_BJTE, logsumexp_KH, delta_KH,
             rows_K, first_K, keys_L, from_L, until_L, key_ends_B, d_k_LJE, d_v_LJE, B, T, scale, scale * LOG2_E,
             *q_HKE.stride()[:2], *k_BJTE.stride()[:3], *v_BJTE.stride()[:3],
-            **_constants(H // J, E, B, tiling),
+            WINDOWED=windowed, **_constants(H // J, E, B, tiling),
         )  # fmt: skip
     return d_k_LJE, d_v_LJE
 
@@ -334,8 +353,8 @@ def _constants(G: int, E: int, B: int, tiling: Tiling) -> dict[str, int | bool]:
 
 def choose_tilings(q: Tensor) -> Tilings:
     """Those for queries of this type and width on their device."""
-    if q.is_cuda and q.itemsize == 2:
-        memory_bytes = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-        if memory_bytes >= LARGE_MEMORY_BYTES:
-            return next(tilings for width, tilings in LARGE.items() if q.shape[-1] <= width)
-    return SMALL
+    if q.itemsize == 4:
+        return FULL_PRECISION
+    if torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < LARGE_MEMORY_BYTES:
+        return SMALL_MEMORY
+    return next(tilings for width, tilings in TENSOR_CORES.items() if q.shape[-1] <= width)
