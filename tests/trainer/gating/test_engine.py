@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import pytest
 import torch
+from flops import flops
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pylon_api.training import KvGradient, ModelSpec, RowActivations
 from pylon_trainer.gating.engine import SinglePass
@@ -225,14 +223,6 @@ def test_backward_flops_fall_with_the_rows(share: int, activations: RowActivatio
     dense = passes * 2 * 64 * 64 / (4 * 64 * 64 + 3 * 64 * 160) if kv_gradient is KvGradient.DENSE else 0.0
     assert len(rows) / TOKENS * 0.95 * passes < ratio < len(rows) / TOKENS * passes + dense + 0.05
     assert flops(lambda: engine.forward(batch)) == forward
-
-
-def flops(call: Callable[[], object]) -> int:
-    """Attention included: only its plain form is counted on a CPU."""
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        call()
-    return counter.get_total_flops()
 
 
 def test_frozen_weights_get_no_gradient() -> None:
