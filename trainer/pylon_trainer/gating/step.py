@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pylon_api.run import GateReport
 from pylon_api.training import Compile, GatingSelection, GatingSpec, GatingStrategy, Precision, TrainingSpec
 from pylon_trainer.gating.engine import build_engine, send_back
 from pylon_trainer.gating.scores import SCORES, Score
@@ -73,6 +74,10 @@ class PlainStep:
         losses_N = self._judge(self._hidden(batch), labels_N, [losses])[0]
         tokens = (labels_N != IGNORED).sum()
         return StepResult(losses_N.sum(), tokens, torch.zeros_like(tokens))
+
+    def report(self) -> GateReport | None:
+        """None: there is no gate."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: everything follows from seed, step and rank."""
