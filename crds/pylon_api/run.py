@@ -79,7 +79,7 @@ class GateReport(Report):
 
     decision: GateDecision
     """Gated: a share of the tokens carries gradient. Plain: all do, because leaving some out would not pay now."""
-    reason: str = Field(default="", max_length=200)
+    reason: str = ""
     """Why, in words: the figures that decided."""
     ratio: float = Field(ge=0, le=1)
     """Share of tokens that carries gradient now; 1 in a plain step."""
@@ -93,6 +93,11 @@ class GateReport(Report):
     plain step."""
     nonfinite_steps: int = 0
     """Steps of this attempt with logits that were infinite or not a number; no update came from them."""
+
+    @property
+    def summary(self) -> str:
+        """The ratio, or `plain`: what fits a column."""
+        return "plain" if self.decision is GateDecision.PLAIN else f"{self.ratio:.2f}"
 
 
 class Histogram(Report):
@@ -143,7 +148,7 @@ class TrainerStatus(Report):
     bytes_per_step: int | None = None
     """Bytes that one rank exchanged per step, the larger of sent and received."""
     skipped_steps: int = 0
-    """Steps of this attempt whose update was left out because gradients were not finite."""
+    """Steps of this attempt whose update was left out because loss or gradients were not finite."""
     step_seconds: float | None = None
     """Median seconds per step over the last log interval."""
     checkpoint: CheckpointReport | None = None

@@ -19,10 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pylon_api.run import GateReport
+from pylon_api.run import GateDecision, GateReport
 from pylon_api.training import Compile, GatingSelection, GatingSpec, GatingStrategy, Precision, TrainingSpec
+from pylon_trainer.gating import difficulty
+from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine, send_back
-from pylon_trainer.gating.scores import SCORES, Score
+from pylon_trainer.gating.scores import SCORES, Score, entropy, gradient_norm
 from pylon_trainer.gating.scores import loss as losses
 from pylon_trainer.gating.selection import Selection, sample, top
 from pylon_trainer.models import Transformer
@@ -148,6 +150,7 @@ class GatedStep(PlainStep):
         super().__init__(model, device, precision)
         self._engine = build_engine(model, training, self._autocast)
         self._gating = training.gating
+        self._sequence_length = training.data.sequence_length
         self._seed = training.seed
         self._rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._step = -1
@@ -162,12 +165,33 @@ class GatedStep(PlainStep):
             return super().forward_backward(batch, global_tokens=global_tokens, step=step)
         hidden_ND, back = self._engine.forward(batch)
         labels_N = batch.labels_BT.flatten()
-        losses_N, scores_N = self._judge(hidden_ND, labels_N, [losses, SCORES[self._gating.strategy]])
+        judges = [losses, gradient_norm, entropy, SCORES[self._gating.strategy]]
+        losses_N, norms_N, entropies_N, scores_N = self._judge(hidden_ND, labels_N, judges)
         rows_K, weights_K = self._select(scores_N, labels_N != IGNORED, math.ceil(ratio * len(labels_N)))
         _, gradient_KD = self._head_backward(hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens)
         back(rows_K, gradient_KD)
         tokens = (labels_N != IGNORED).sum()
-        return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)))
+        tally = difficulty.measure(norms_N, entropies_N, labels_N != IGNORED)
+        return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)), tally)
+
+    def report(self) -> GateReport | None:
+        """As TrainingStep has it."""
+        ratio = token_ratio(self._gating, max(self._step, 0))
+        if ratio == 1:
+            return GateReport(decision=GateDecision.PLAIN, reason="every token carries gradient at ratio 1", ratio=1)
+        saved = saved_flops_ratio(
+            self.model.spec,
+            self._gating,
+            vocab_size=self.model.vocab_size,
+            sequence_length=self._sequence_length,
+            ratio=ratio,
+        )
+        return GateReport(
+            decision=GateDecision.GATED,
+            reason=f"ratio {ratio:g}, as training.gating sets it",
+            ratio=ratio,
+            saved_flops_ratio=saved,
+        )
 
     def _select(self, scores_N: Tensor, labelled_N: Tensor, rows: int) -> Selection:
         """Drawn from seed, step, rank and micro-batch alone, so that a resumed run draws the same."""
