@@ -5,7 +5,7 @@ two forward passes. So a plain step costs 3 forward passes, and at ratio r
 
 - a head costs 1 + 3 r: all rows are scored, the chosen ones run again with a backward pass;
 - blocks cost 3 with HeadOnly; 1 + 2 r with kept rows, whose attention alone runs again; 1 + 3 r with recomputed rows;
-- a dense gradient of keys and values takes their projections' backward pass over all rows.
+- a dense gradient of keys and values adds a backward pass of their projections over all rows.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ def saved_flops_ratio(
         recomputes = gating.row_activations is RowActivations.RECOMPUTE
         gated += (1 + (3 if recomputes else 2) * ratio) * linears + (1 + 3 * ratio) * attention
         if gating.kv_gradient is KvGradient.DENSE:
-            gated += 2 * (1 - ratio) * model.layers * kv
+            gated += 2 * model.layers * kv
     return 1 - gated / plain
