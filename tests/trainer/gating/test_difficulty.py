@@ -21,9 +21,7 @@ def test_counts_are_those_of_a_loop_and_add_up_over_micro_batches() -> None:
     draws = torch.Generator().manual_seed(0)
     norms_N, entropies_N = torch.rand(300, generator=draws) * 1.42, torch.rand(300, generator=draws) * 13
     labelled_N = torch.rand(300, generator=draws) < 0.7
-    halves = [
-        measure(norms_N[part], entropies_N[part], labelled_N[part]) for part in (slice(0, 111), slice(111, None))
-    ]
+    halves = [measure(norms_N[part], entropies_N[part], labelled_N[part]) for part in (slice(0, 111), slice(111, None))]
     report = describe(sum(halves, torch.zeros(SHAPE, dtype=torch.float64)).tolist())
     for histogram, values_N, bounds in (
         (report.gradient_norm, norms_N, GRADIENT_NORM_BOUNDS),

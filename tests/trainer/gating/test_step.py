@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
-from pylon_trainer.gating import step as step_module
-from pylon_trainer.gating.step import GatedStep, token_ratio
+from pylon_trainer.gating import head as head_module
+from pylon_trainer.gating.gate import token_ratio
+from pylon_trainer.gating.step import GatedStep
 from pylon_trainer.models import Transformer, build_model
 from pylon_trainer.step import IGNORED, Batch, StepResult, TrainingStep
 
@@ -97,7 +98,7 @@ PRECISIONS = [(Precision.FLOAT32, 1e-5), (Precision.BFLOAT16, 2e-2)]
 def test_plain_equals_dense(
     model_fields: dict[str, object], precision: Precision, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_module, "LOGITS_PER_CHUNK", 7 * VOCABULARY)  # 45 rows in chunks of 7
+    monkeypatch.setattr(head_module, "LOGITS_PER_CHUNK", 7 * VOCABULARY)  # 45 rows in chunks of 7
     model, batch = model_of(**model_fields), batch_of()
     result, actual = run(step_of(model, precision), batch)
 
@@ -113,18 +114,18 @@ def test_plain_equals_dense(
 def test_gated_equals_dense_with_the_selected_weights(
     strategy: str, selection: str, precision: Precision, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_module, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    monkeypatch.setattr(head_module, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
     model, batch = model_of(), batch_of()
     step = step_of(model, precision, strategy=strategy, selection=selection, token_ratio=0.4)
     assert isinstance(step, GatedStep)
     seen = []
-    select = step._select
+    choose = step._gate.choose
 
     def remember(*arguments: object) -> object:
-        seen.append(select(*arguments))
+        seen.append(choose(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(step, "_select", remember)
+    monkeypatch.setattr(step._gate, "choose", remember)
     result, actual = run(step, batch)
 
     rows_K, weights_K = seen[0]
