@@ -9,7 +9,7 @@ Shapes: N = B * T tokens of a micro-batch, B sequences of T tokens, K tokens cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from pylon_trainer.gating.selection import Selection, build_rule, select
 class Gate:
     """Chooses rows, one micro-batch after the other.
 
-    A step asks, in this order: `begin`; `observe` where `observes`; `choose` unless the ratio is 1.
+    A step asks, in this order: `begin`; `observe` with the scores of all rows, in a plain step where `needs_scores`
+    alone; `choose` unless the ratio is 1.
     """
 
     def __init__(
@@ -38,17 +39,15 @@ class Gate:
         self._rank = rank
         self._control = Control.of(gating)
         self._belief = Belief.initial(self._control)
-        self._measurement = Measurement(
-            self._control.ratios, build_rule(gating), device, clock or clock_of(device)
-        )
+        self._measurement = Measurement(self._control.ratios, build_rule(gating), device, clock or clock_of(device))
         self._nonfinite_steps = 0
         self._ratio = PLAIN
         self._step = -1
         self._micro_batch = 0
 
     @property
-    def observes(self) -> bool:
-        """Whether this micro-batch's scores are wanted, of a plain step as well."""
+    def needs_scores(self) -> bool:
+        """Whether this micro-batch's scores are wanted even in a plain step."""
         return self._step % INTERVAL_STEPS == 0
 
     def begin(self, step: int) -> float:
@@ -58,21 +57,23 @@ class Gate:
             self._micro_batch += 1
             return self._ratio
         self._step, self._micro_batch = step, 0
-        if self.observes:
+        if self.needs_scores:
             observation, nonfinite_steps = self._measurement.turn()
             self._belief = self._belief.after(observation, self._control)
             self._nonfinite_steps += nonfinite_steps
         self._ratio = scheduled_ratio(self._gating, step, self._belief.ratio)
-        self._measurement.begin(self._ratio, is_counted=not self.observes)
+        self._measurement.begin(self._ratio, is_counted=not self.needs_scores)
         return self._ratio
 
-    def observe(self, scores_N: Tensor, gradient_norm_N: Tensor, labelled_BT: Tensor) -> None:
-        """Look at the scores of this micro-batch."""
-        self._measurement.observe(scores_N.view_as(labelled_BT), gradient_norm_N.view_as(labelled_BT), labelled_BT)
+    def observe(self, scores_N: Tensor, gradient_norm_N: Tensor, labelled_BT: Tensor, nonfinite_rows: Tensor) -> None:
+        """Look at the scores of this micro-batch.
 
-    def count_nonfinite(self, rows: Tensor) -> None:
-        """rows: integer scalar on the device, rows of this micro-batch that have no finite score."""
-        self._measurement.count_nonfinite(self._step, rows)
+        nonfinite_rows: integer scalar on the device, labelled rows with a logit that is NaN or infinite.
+        """
+        self._measurement.count_nonfinite(self._step, nonfinite_rows)
+        if self.needs_scores:
+            shape = labelled_BT.shape
+            self._measurement.observe(scores_N.view(shape), gradient_norm_N.view(shape), labelled_BT, nonfinite_rows)
 
     def choose(self, scores_N: Tensor, labelled_BT: Tensor, ratio: float) -> Selection:
         """The rows of this micro-batch that carry gradient."""
@@ -84,20 +85,16 @@ class Gate:
         rows = rows_of(ratio, len(scores_N))
         return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=start)
 
-    def report(self, saved_flops_ratio: Callable[[float], float]) -> GateReport:
-        """What the gate is doing, from figures that have reached the host already.
-
-        saved_flops_ratio: share of a plain step's FLOPs that a gated step of a ratio spares.
-        """
+    def report(self) -> GateReport:
+        """What the gate is doing, from figures that have reached the host already; the same on every rank."""
         ratio, is_plain = self._ratio, self._ratio == PLAIN
         is_warming_up = self._step < self._gating.warmup_steps
         return GateReport(
             decision=GateDecision.PLAIN if is_plain else GateDecision.GATED,
-            reason=f"warm-up: ratio {ratio:g}" if is_warming_up else self._belief.reason,
+            reason=f"warm-up, ratio {ratio:g}" if is_warming_up else self._belief.reason,
             ratio=ratio,
             retained_mass=self._belief.mass.get(ratio),
             effective_token_share=1.0 if is_plain else self._belief.share.get(ratio),
-            saved_flops_ratio=0.0 if is_plain else saved_flops_ratio(ratio),
             nonfinite_steps=self._nonfinite_steps,
         )
 

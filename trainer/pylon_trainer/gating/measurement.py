@@ -104,11 +104,11 @@ class Measurement:
         self._step = (ratio, now) if is_counted else None
 
     @torch.no_grad()
-    def observe(self, scores_BT: Tensor, gradient_norm_BT: Tensor, labelled_BT: Tensor) -> None:
-        """Look at the scores of a micro-batch. One with a score that is not finite is left out."""
-        labelled_N, norm_N = labelled_BT.flatten(), gradient_norm_BT.flatten().double()
-        is_good = (norm_N.isfinite() & scores_BT.flatten().isfinite()).all() & (norm_N.sum() > 0)
-        norm_N = torch.where(labelled_N & is_good, norm_N, 0.0)
+    def observe(self, scores_BT: Tensor, gradient_norm_BT: Tensor, labelled_BT: Tensor, nonfinite_rows: Tensor) -> None:
+        """Look at the scores of a micro-batch. One with rows that are not finite tells nothing."""
+        labelled_N = labelled_BT.flatten()
+        norm_N = torch.where(labelled_N, gradient_norm_BT.flatten().double().nan_to_num(), 0.0)
+        is_good = (nonfinite_rows == 0) & (norm_N.sum() > 0)
         total = norm_N.sum().clamp_min(1e-30)
 
         tokens = len(norm_N)

@@ -14,7 +14,8 @@ some. Measurements expire, so that a machine that changed is measured anew and o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +39,7 @@ GAIN_MARGIN = 0.05
 """The ratio in use may fall this far short of the target mass, and its gain needs only exceed 1, not 1 + margin; so
 that noise does not throw the gate to and fro."""
 
-EXPIRY = 128
+EXPIRY = 256
 """Observations after which a measured time is forgotten."""
 
 
@@ -156,7 +157,7 @@ def scheduled_ratio(gating: GatingSpec, step: int, goal: float) -> float:
 
 def _on_ladder(first: float, last: float, done: float) -> float:
     """From first to the lower last: the next ratio up from the straight line between them."""
-    line = first + (last - first) * done
+    line = last + (first - last) * (1 - done)
     return min((ratio for ratio in (first, *LADDER, last) if line <= ratio <= first), default=first)
 
 
@@ -211,24 +212,11 @@ def _moved(belief: Belief, control: Control, goal: float, gain: str) -> Belief:
     return replace(belief, ratio=ratio, reason=mass + gain)
 
 
-class CostLine:
-    """Time of a step in plain steps, as a straight line over the ratio."""
-
-    def __init__(self, ratios: Sequence[float], costs: Sequence[float]) -> None:
-        mean_ratio, mean_cost = sum(ratios) / len(ratios), sum(costs) / len(costs)
-        spread = sum((ratio - mean_ratio) ** 2 for ratio in ratios)
-        products = sum((r - mean_ratio) * (c - mean_cost) for r, c in zip(ratios, costs, strict=True))
-        self._slope = products / spread
-        self._origin = mean_cost - self._slope * mean_ratio
-
-    def __call__(self, ratio: float) -> float:
-        """Never free: a line through noisy points may fall below 0 where none was measured."""
-        return max(0.05, self._origin + self._slope * ratio)
-
-
-def fit_costs(seconds: Mapping[float, float]) -> CostLine:
-    """Least squares through the measured steps, the plain one and at least one gated among them."""
-    return CostLine(list(seconds), [measured_s / seconds[PLAIN] for measured_s in seconds.values()])
+def fit_costs(seconds: Mapping[float, float]) -> Callable[[float], float]:
+    """Time of a step in plain steps, by its ratio: the straight line closest to what was measured, the plain step and
+    at least one gated among it. Never free: where nothing was measured a line through noise may fall below 0."""
+    slope, intercept = statistics.linear_regression(list(seconds), [s / seconds[PLAIN] for s in seconds.values()])
+    return lambda ratio: max(0.05, intercept + slope * ratio)
 
 
 def _smoothed(mean: Mapping[float, float], new: Mapping[float, float]) -> dict[float, float]:

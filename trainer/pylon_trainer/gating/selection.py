@@ -100,8 +100,8 @@ def top(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor) -> Tensor:
 
 
 def stratified(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, strata: int) -> Tensor:
-    """As likely as the mean score of the token's stratum is high: one rate for each stratum of like scores, which a few
-    outliers cannot draw to themselves. At the rate of one row per token a stratum is full and leaves the rest to others."""
+    """As likely as the mean score of the token's stratum is high: one rate for all tokens of like score, so that no few
+    of them draw the rest of their stratum's rows. A stratum that is full leaves rows to the others."""
     scores_N, labelled_N = floored(scores_BT, labelled_BT).flatten(), labelled_BT.flatten()
     rank_N = order(scores_N, labelled_N).argsort()
     ends_S = torch.arange(1, strata + 1, device=rank_N.device) * labelled_N.sum() // strata
@@ -125,9 +125,9 @@ def sequence_aware(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, sh
 
 
 def floored(scores_BT: Tensor, labelled_BT: Tensor) -> Tensor:
-    """float64 scores, positive where there is a label and 0 elsewhere. One that is not finite counts as 0: the step
-    that it comes from will be skipped, but not before all shapes have been gone through."""
-    scores_BT = torch.where(labelled_BT & scores_BT.isfinite(), scores_BT.double(), 0.0)
+    """float64 scores, positive where there is a label and 0 elsewhere. One that is not finite, or negative, counts as
+    0: a step with the former will be skipped, but not before all shapes have been gone through."""
+    scores_BT = torch.where(labelled_BT & scores_BT.isfinite(), scores_BT.double().clamp_min(0), 0.0)
     floor = SCORE_FLOOR * scores_BT.sum() / labelled_BT.sum().clamp_min(1)
     return torch.where(labelled_BT, scores_BT.clamp_min(floor) + 1e-9, 0.0)
 
