@@ -19,6 +19,7 @@ from gangs import run_gang, run_pod
 from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_api.run import TrainerPhase
+from pylon_trainer.gating import gate, measurement
 from pylon_trainer.gating.step import PlainStep
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.signals import StopFlag
@@ -97,8 +98,8 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
     "gating",
     [
         {},
-        {"strategy": "GradientNorm", "tokenRatio": 0.5},
-        {"strategy": "GradientNorm", "tokenRatio": 0.5, "engine": "SinglePass"},
+        {"strategy": "GradientNorm", "ratioControl": "Fixed"},
+        {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
@@ -108,6 +109,8 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     monkeypatch: pytest.MonkeyPatch,
     gating: dict[str, Any],
 ) -> None:
+    monkeypatch.setattr(gate, "INTERVAL_STEPS", 2)  # so that the ratio moves within the run
+    monkeypatch.setattr(measurement, "INTERVAL_STEPS", 2)
     exit_code, whole = run_pod(tmp_path / "whole", make_config(gating=gating))
     assert exit_code == 0, whole.log
     weights, moments = newest(checkpoints, "model.safetensors"), newest(checkpoints, "optimizer.safetensors")
@@ -142,7 +145,10 @@ def test_a_stop_in_the_last_step_lets_the_run_finish(
 
 @pytest.mark.parametrize(
     "gating",
-    [{}, {"strategy": "GradientNorm", "tokenRatio": 0.999, "engine": "SinglePass"}],  # which chooses every token
+    [
+        {},
+        {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.999, "engine": "SinglePass"},
+    ],  # which chooses every token
 )
 def test_the_number_of_processes_and_micro_batches_does_not_change_the_mathematics(
     tmp_path: Path, make_config: MakeConfig, gating: dict[str, Any]
