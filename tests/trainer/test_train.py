@@ -132,6 +132,8 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     assert first.values("loss") | second.values("loss") == whole.values("loss")
     assert newest(checkpoints, "model.safetensors") == weights
     assert newest(checkpoints, "optimizer.safetensors") == moments
+    if gating.get("ratioControl") != "Fixed" and gating:
+        assert len(set(whole.values("token_ratio").values())) > 1, "the ratio has moved"
 
 
 def test_a_stop_in_the_last_step_lets_the_run_finish(
