@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
 from pylon_api.training import GatingSelection, GatingSpec, GatingStrategy
+from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.measurement import INTERVAL_STEPS, Clock, Measurement, clock_of
 from pylon_trainer.gating.ratio import PLAIN, Belief, Control, rows_of, scheduled_ratio
-from pylon_trainer.gating.selection import Selection, build_rule, select
+from pylon_trainer.gating.selection import Selection, build_rule, order, select
 
 
 class Gate:
@@ -77,13 +78,24 @@ class Gate:
 
     def choose(self, scores_N: Tensor, labelled_BT: Tensor, ratio: float) -> Selection:
         """The rows of this micro-batch that carry gradient."""
-        draws = np.random.default_rng([self._seed, self._step, self._rank, self._micro_batch])
+        draws = self._draws("rows")
         start = float(draws.random())
         if self._gating.strategy is GatingStrategy.RANDOM and self._gating.selection is GatingSelection.TOP:
             generator = torch.Generator(scores_N.device).manual_seed(int(draws.integers(2**62)))
             scores_N = torch.rand(len(scores_N), generator=generator, device=scores_N.device)
         rows = rows_of(ratio, len(scores_N))
         return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=start)
+
+    def depth(self, scores_N: Tensor, rows_K: Tensor) -> Depth | None:
+        """How far the gradient of each chosen row goes back; None when all go to the bottom. The warm-up opens one tier
+        after the other."""
+        buckets = self._gating.depth_buckets
+        warmup_steps = self._gating.warmup_steps
+        opened = (buckets - 1) * min(self._step, warmup_steps) // warmup_steps if warmup_steps else buckets - 1
+        if opened == 0:
+            return None
+        ranks_K = order(scores_N[rows_K], torch.ones_like(rows_K, dtype=torch.bool)).argsort()
+        return Depth(ranks_K, buckets, opened, self._gating.leak_rate, float(self._draws("leaks").random()))
 
     def report(self) -> GateReport:
         """What the gate is doing, from figures that have reached the host already; the same on every rank."""
@@ -108,3 +120,7 @@ class Gate:
             return
         self._belief = Belief.from_state(state["belief"])
         self._measurement.load_state_dict(state["measurement"], rank=self._rank)
+
+    def _draws(self, purpose: str) -> np.random.Generator:
+        """Random numbers of this micro-batch, others for every purpose."""
+        return np.random.default_rng([self._seed, self._step, self._rank, self._micro_batch, *purpose.encode()])

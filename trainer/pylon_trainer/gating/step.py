@@ -19,8 +19,9 @@ from pylon_api.run import GateDecision, GateReport
 from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
-from pylon_trainer.gating.engine import build_engine, send_back
+from pylon_trainer.gating.engine import build_engine
 from pylon_trainer.gating.gate import Gate
+from pylon_trainer.gating.gradients import accumulate, send_back
 from pylon_trainer.gating.head import Head
 from pylon_trainer.gating.ratio import PLAIN
 from pylon_trainer.gating.scores import SCORES, entropy, gradient_norm
@@ -124,7 +125,7 @@ class GatedStep(PlainStep):
         labels_N, labelled_BT = batch.labels_BT.flatten(), batch.labels_BT != IGNORED
         rows_K, weights_K = self._gate.choose(scores_N, labelled_BT, ratio)
         _, gradient_KD = self._head.backward(hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens)
-        back(rows_K, gradient_KD)
+        back(rows_K, gradient_KD, accumulate, self._gate.depth(scores_N, rows_K))
         tokens = labelled_BT.sum()
         return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)), tally)
 
