@@ -112,7 +112,7 @@ class Histogram(Report):
 
 
 class DifficultyReport(Report):
-    """How hard the tokens were for the model when they were trained on."""
+    """How hard the tokens that were scored were for the model: all tokens of gated steps, and of some plain ones."""
 
     gradient_norm: Histogram
     """|softmax - onehot| of a token's logits, 0 to the square root of 2."""

@@ -74,7 +74,7 @@ def test_any_report_fits_and_keeps_what_matters(filling: str) -> None:
 
 
 def test_histograms_go_before_anything_that_people_read() -> None:
-    status = TrainerStatus(uid="u", attempt=1, step=7, sample="x" * 2000, difficulty=DIFFICULTY)
+    status = TrainerStatus(uid="u", attempt=1, step=7, sample="x" * 3000, difficulty=DIFFICULTY)
     status = status.model_copy(update={"gate": GateReport(decision=GateDecision.PLAIN, reason="early", ratio=1)})
     text = fit(describe(0, "").model_copy(update={"final": status}))
     assert TerminationReport.model_validate_json(text).final == status.model_copy(update={"difficulty": None})

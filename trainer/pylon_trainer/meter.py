@@ -28,7 +28,7 @@ class Reading:
     gradient_norm: float
     learning_rate: float
     difficulty: DifficultyReport | None
-    """Of all tokens since the process began; None when none was scored."""
+    """Since the process began; None when no token was scored."""
 
 
 class Meter:

@@ -86,9 +86,10 @@ def _labelled_tokens(batch: Batch) -> int:
 
 
 def _refuse_to_stay_infinite(run: Run) -> None:
-    if run.optimizer.skipped_in_row >= MAX_SKIPPED_STEPS:
+    skipped = int(run.optimizer.skipped_in_row)
+    if skipped >= MAX_SKIPPED_STEPS:
         raise NonFiniteLoss(
-            f"loss or gradients were not finite in {int(run.optimizer.skipped_in_row)} steps in a row up to step {run.step}; "
+            f"loss or gradients were not finite in {skipped} steps in a row up to step {run.step}; "
             f"lower training.optimizer.learningRate or look at the data"
         )
 

@@ -146,7 +146,7 @@ class LiveView:
         if known := figures(training):
             lines.append(Text("   ".join(known)))
         if training.gate:
-            lines.append(Text.assemble(("gate ", "dim"), gate_words(training.gate)))
+            lines.append(Text(gate_words(training.gate), style="dim"))
         if len(self._losses) > 1:
             first, last = self._losses[0][1], self._losses[-1][1]
             drawn = sparkline([loss for _, loss in self._losses], SPARKLINE_WIDTH)

@@ -46,3 +46,9 @@ def test_tokens_without_a_label_or_a_finite_score_are_left_out() -> None:
     report = describe(measure(values_N, values_N, torch.tensor([True, True, False])).tolist())
     assert report.gradient_norm == nothing
     assert sum(report.entropy.counts) == report.entropy.sum == 0
+
+
+def test_counting_reads_no_value_on_the_host() -> None:
+    """Tensors without data: whatever looked at a value would fail."""
+    scores_N = torch.empty(9, device="meta")
+    assert measure(scores_N, scores_N, torch.empty(9, device="meta", dtype=torch.bool)).shape == SHAPE
