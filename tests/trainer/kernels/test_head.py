@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pylon_trainer.kernels import head
-from pylon_trainer.kernels.head import reference, selected
+from pylon_trainer.kernels.head import gradients, reference
 from pylon_trainer.step import IGNORED
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -90,7 +90,7 @@ def test_scoring_allocates_no_logits() -> None:
 @pytest.mark.parametrize("rows", [[5, 2, 11], [4], [3, 3, 1], [0, 6], [0], []], ids=str)
 def test_selected_loss_and_gradients(anywhere, dtype, rows, scored, monkeypatch) -> None:
     """Any order, one row twice, an ignored row among them, only ignored rows, none; in chunks of the vocabulary."""
-    monkeypatch.setattr(selected, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(gradients, "COLUMN_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
     hidden_NH, weight_VH, labels_N = inputs(12, 600, 40, dtype, anywhere)
     rows_K = torch.tensor(rows, dtype=torch.int64, device=anywhere)
     weights_K = torch.rand(len(rows), device=anywhere) + 0.5
