@@ -17,9 +17,9 @@ from torch import Tensor
 from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
 from pylon_trainer.gating.engine import build_engine, send_back
 from pylon_trainer.gating.gate import Gate
-from pylon_trainer.gating.head import Head
-from pylon_trainer.gating.scores import SCORES
-from pylon_trainer.gating.scores import loss as losses
+from pylon_trainer.gating.head import Head, add_to_gradient
+from pylon_trainer.gating.scores import judge
+from pylon_trainer.kernels.head import poison
 from pylon_trainer.models import Transformer
 from pylon_trainer.step import IGNORED, Batch, StepResult, TrainingStep
 
@@ -45,25 +45,27 @@ class PlainStep:
         self.model: Transformer = model
         self._device = device
         self._precision = precision
-        self._head = Head(model, self._autocast)
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:  # noqa: ARG002
         """As TrainingStep has it."""
         hidden_ND = self._hidden(batch)
         labels_N = batch.labels_BT.flatten()
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
-        loss_sum, gradient_ND = self._head.backward(hidden_ND.detach(), labels_N, weights_N, global_tokens)
+        head = Head(self.model, self._precision)
+        loss_sum, gradient_ND, nonfinite_rows = head.backward(
+            hidden_ND, labels_N, weights_N, global_tokens, add_to_gradient
+        )
         send_back(hidden_ND, gradient_ND)
         tokens = (labels_N != IGNORED).sum()
-        return StepResult(loss_sum, tokens, tokens)
+        return StepResult(loss_sum, tokens, tokens, nonfinite_rows)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:
         """As TrainingStep has it."""
         labels_N = batch.labels_BT.flatten()
-        losses_N = self._head.judge(self._hidden(batch), labels_N, [losses])[0]
+        losses_N, _, nonfinite_rows = Head(self.model, self._precision).cross_entropy(self._hidden(batch), labels_N)
         tokens = (labels_N != IGNORED).sum()
-        return StepResult(losses_N.sum(), tokens, torch.zeros_like(tokens))
+        return StepResult(losses_N.sum() * poison(nonfinite_rows), tokens, torch.zeros_like(tokens), nonfinite_rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: everything follows from seed, step and rank."""
@@ -95,7 +97,7 @@ class GatedStep(PlainStep):
     ) -> None:
         super().__init__(model, device, precision)
         self._engine = build_engine(model, training, self._autocast)
-        self._score = SCORES[training.gating.strategy]
+        self._strategy = training.gating.strategy
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._gate = Gate(training.gating, seed=training.seed, rank=rank)
 
@@ -106,9 +108,13 @@ class GatedStep(PlainStep):
             return super().forward_backward(batch, global_tokens=global_tokens, step=step)
         hidden_ND, back = self._engine.forward(batch)
         labels_N = batch.labels_BT.flatten()
-        losses_N, scores_N = self._head.judge(hidden_ND, labels_N, [losses, self._score])
-        rows_K, weights_K = self._gate.choose(scores_N, labels_N != IGNORED, ratio)
-        _, gradient_KD = self._head.backward(hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens)
-        back(rows_K, gradient_KD)
+        head = Head(self.model, self._precision)
+        scores = head.score(hidden_ND, labels_N)
+        rows_K, weights_K = self._gate.choose(judge(self._strategy, scores), labels_N != IGNORED, ratio)
+        result = head.backward(
+            hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens, add_to_gradient, scores.take(rows_K)
+        )
+        back(rows_K, result.gradient_KD)
         tokens = (labels_N != IGNORED).sum()
-        return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)))
+        loss_sum = scores.loss_N.sum() * poison(scores.nonfinite_rows)
+        return StepResult(loss_sum, tokens, tokens.clamp_max(len(rows_K)), scores.nonfinite_rows)

@@ -54,7 +54,7 @@ def loss_gradients(
 ) -> LossGradients:
     """Losses and gradients of rows of which nothing is known, in chunks of rows."""
     K, V = len(hidden_KH), len(weight_VH)
-    weight_VH = F.pad(weight_VH, (0, 0, 0, -V % ALIGNED_COLUMNS)) if V % ALIGNED_COLUMNS else weight_VH
+    weight_VH = _padded(weight_VH)
     d_hidden_KH = torch.empty_like(hidden_KH, dtype=torch.float32)
     d_weight_VH = torch.empty_like(weight_VH, dtype=torch.float32) if wants_weight else None
     chunks = chunks_of_rows(K, weight_VH)
@@ -92,12 +92,12 @@ def known_gradients(
     d_weight_VH = torch.empty_like(weight_VH, dtype=torch.float32) if wants_weight else None
     logsumexp_K, weights_K = _without_ignored(labels_K, logsumexp_K, weights_K)
     column_bytes = len(hidden_KH) * hidden_KH.itemsize
-    for columns in _chunks(len(weight_VH), column_bytes, COLUMN_CHUNK_BYTES[hidden_KH.device.type]):
-        weight_CH = weight_VH[columns]
-        C = len(weight_CH)
-        if C % ALIGNED_COLUMNS:
-            weight_CH = F.pad(weight_CH, (0, 0, 0, -C % ALIGNED_COLUMNS))
-        logits_KC = hidden_KH @ weight_CH.T
+    chunks = _chunks(len(weight_VH), column_bytes, COLUMN_CHUNK_BYTES[hidden_KH.device.type])
+    buffer_KC = hidden_KH.new_empty(len(hidden_KH), _aligned(chunks[0].stop))
+    for columns in chunks:
+        C = columns.stop - columns.start
+        weight_CH = _padded(weight_VH[columns])
+        logits_KC = torch.mm(hidden_KH, weight_CH.T, out=buffer_KC[:, : len(weight_CH)])
         logit_gradient_(logits_KC[:, :C], logsumexp_K, labels_K - columns.start, weights_K)
         if d_hidden_KH is not None:
             _multiply(logits_KC, weight_CH, out=d_hidden_KH, adds=columns.start > 0)
@@ -142,6 +142,17 @@ def _multiply(left: Tensor, right: Tensor, *, out: Tensor, adds: bool) -> None:
         out.add_(left @ right)
     else:
         out.copy_(left @ right)
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+
+
+def _padded(weight_CH: Tensor) -> Tensor:
+    """With rows of zeros below it, so that rows of logits begin on aligned places: their logits are 0, left alone, and
+    add nothing to any product."""
+    missing = _aligned(len(weight_CH)) - len(weight_CH)
+    return F.pad(weight_CH, (0, 0, 0, missing)) if missing else weight_CH
 
 
 def _chunks(length: int, item_bytes: int, limit_bytes: int) -> list[slice]:

@@ -88,8 +88,9 @@ def score(logits_NV: Tensor, labels_N: Tensor) -> Scores:
     label_N1 = labels_N.where(labelled_N, 0).unsqueeze(1)
     log_p_NV, loss_N, logsumexp_N, nonfinite_rows = _cross_entropy(logits_NV, labelled_N, label_N1)
     p_NV = log_p_NV.exp()
-    entropy_N = -torch.linalg.vecdot(p_NV, log_p_NV)
-    # In place, as each new N x V costs as much as a pass: blank the largest, look for the next, put it back.
+    # In place from here on, as each new N x V costs as much as a pass.
+    entropy_N = -log_p_NV.mul_(p_NV).sum(dim=1)
+    # The largest is blanked while the next is looked for.
     top_N1, place_N1 = p_NV.max(dim=1, keepdim=True)
     runner_up_N = p_NV.scatter_(1, place_N1, -1.0).amax(dim=1).clamp_min(0.0)
     p_NV.scatter_(1, place_N1, top_N1)
