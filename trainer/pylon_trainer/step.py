@@ -56,11 +56,15 @@ class StepResult:
     """What one forward and backward gave, as device tensors, so that reading them can wait."""
 
     loss_sum: Tensor
-    """float32 scalar: cross entropy summed over every labelled token, gated or not, nats."""
+    """float32 scalar: cross entropy summed over every labelled token, gated or not, nats; NaN when nonfinite_rows is
+    not 0."""
     tokens: Tensor
     """int64 scalar: labelled tokens."""
     gated_tokens: Tensor
     """int64 scalar: tokens that carried gradient."""
+    nonfinite_rows: Tensor
+    """int32 scalar: labelled tokens with a logit that is NaN or infinite. If there are any, gradients are NaN, so that
+    the optimizer skips the step on all ranks."""
     difficulty: Tensor | None = None
     """What gating.difficulty.measure gave, or None when no token was scored."""
 
