@@ -18,10 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from pylon_api import names
 from pylon_api.run import RunConfig, TerminationReport, TrainerStatus
 from pylon_trainer import launcher, worker
 from pylon_trainer.runtime import processes
+from pylon_trainer.runtime.distributed import World
 
 DEADLINE_SECONDS = 90.0
 """A gang that has not ended by then hangs; generous, because test machines are busy."""
@@ -52,6 +56,19 @@ def wait(pid: int) -> int:
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise AssertionError(f"process {pid} hangs")
+
+
+def run_ranks(take_part: Callable[[World], None], directory: Path, size: int) -> None:
+    """Have every rank of a gloo world take part, each in a process of its own."""
+
+    def rank_of(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size)
+        take_part(World(rank, size, rank, torch.device("cpu")))
+        dist.barrier()
+        os._exit(0)
+
+    children = [fork(lambda rank=rank: rank_of(rank)) for rank in range(size)]
+    assert [wait(child) for child in children] == [0] * size
 
 
 class ForkedWorker:

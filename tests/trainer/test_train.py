@@ -20,6 +20,7 @@ from gangs import run_gang, run_pod
 from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_api.run import GateDecision, TrainerPhase
+from pylon_trainer.gating import gate, measurement
 from pylon_trainer.gating.step import PlainStep
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.signals import StopFlag
@@ -98,8 +99,8 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
     "gating",
     [
         {},
-        {"strategy": "GradientNorm", "tokenRatio": 0.5},
-        {"strategy": "GradientNorm", "tokenRatio": 0.5, "engine": "SinglePass"},
+        {"strategy": "GradientNorm", "ratioControl": "Fixed"},
+        {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
@@ -109,6 +110,8 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     monkeypatch: pytest.MonkeyPatch,
     gating: dict[str, Any],
 ) -> None:
+    monkeypatch.setattr(gate, "INTERVAL_STEPS", 2)  # so that the ratio moves within the run
+    monkeypatch.setattr(measurement, "INTERVAL_STEPS", 2)
     exit_code, whole = run_pod(tmp_path / "whole", make_config(gating=gating))
     assert exit_code == 0, whole.log
     weights, moments = newest(checkpoints, "model.safetensors"), newest(checkpoints, "optimizer.safetensors")
@@ -130,6 +133,8 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     assert first.values("loss") | second.values("loss") == whole.values("loss")
     assert newest(checkpoints, "model.safetensors") == weights
     assert newest(checkpoints, "optimizer.safetensors") == moments
+    if gating.get("ratioControl") != "Fixed" and gating:
+        assert len(set(whole.values("token_ratio").values())) > 1, "the ratio has moved"
 
 
 def test_a_stop_in_the_last_step_lets_the_run_finish(
@@ -143,7 +148,10 @@ def test_a_stop_in_the_last_step_lets_the_run_finish(
 
 @pytest.mark.parametrize(
     "gating",
-    [{}, {"strategy": "GradientNorm", "tokenRatio": 0.999, "engine": "SinglePass"}],  # which chooses every token
+    [
+        {},
+        {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.999, "engine": "SinglePass"},
+    ],  # which chooses every token
 )
 def test_the_number_of_processes_and_micro_batches_does_not_change_the_mathematics(
     tmp_path: Path, make_config: MakeConfig, gating: dict[str, Any]
@@ -239,7 +247,13 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all_and_told(
 
 
 def test_the_gate_tells_what_it_does(tmp_path: Path, make_config: MakeConfig) -> None:
-    gating = {"strategy": "GradientNorm", "tokenRatio": 0.25, "warmupSteps": 2, "engine": "SinglePass"}
+    gating = {
+        "strategy": "GradientNorm",
+        "tokenRatio": 0.25,
+        "warmupSteps": 2,
+        "engine": "SinglePass",
+        "ratioControl": "Fixed",
+    }
     exit_code, pod = run_pod(tmp_path, make_config(gating=gating))
     gate, difficulty = pod.final.gate, pod.final.difficulty
     assert exit_code == 0, pod.log

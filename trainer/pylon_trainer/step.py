@@ -93,7 +93,7 @@ class TrainingStep(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the gate that a resumed run needs (not the model's)."""
+        """State of the gate that a resumed run needs (not the model's). Collective; any rank's serves all."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

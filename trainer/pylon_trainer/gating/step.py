@@ -8,6 +8,7 @@ Shapes: N = B * T tokens of a micro-batch, K of them chosen, D hidden width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from pylon_api.run import GateDecision, GateReport
 from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
-from pylon_trainer.gating.engine import build_engine, send_back
+from pylon_trainer.gating.engine import build_engine
 from pylon_trainer.gating.gate import Gate
+from pylon_trainer.gating.gradients import accumulate, send_back
 from pylon_trainer.gating.head import Head
+from pylon_trainer.gating.ratio import PLAIN
 from pylon_trainer.gating.scores import SCORES, entropy, gradient_norm
 from pylon_trainer.gating.scores import loss as losses
 from pylon_trainer.models import Transformer
@@ -52,7 +55,10 @@ class PlainStep:
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:  # noqa: ARG002
         """As TrainingStep has it."""
-        hidden_ND = self._hidden(batch)
+        return self._finish(self._hidden(batch), batch, global_tokens)
+
+    def _finish(self, hidden_ND: Tensor, batch: Batch, global_tokens: int) -> StepResult:
+        """Loss and backward pass of every row."""
         labels_N = batch.labels_BT.flatten()
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
         loss_sum, gradient_ND = self._head.backward(hidden_ND.detach(), labels_N, weights_N, global_tokens)
@@ -105,24 +111,31 @@ class GatedStep(PlainStep):
         self._training = training
         self._score = SCORES[training.gating.strategy]
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._gate = Gate(training.gating, seed=training.seed, rank=rank)
+        self._gate = Gate(training.gating, seed=training.seed, rank=rank, device=device)
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
         """As TrainingStep has it."""
         ratio = self._gate.begin(step)
-        if ratio == 1:
-            return super().forward_backward(batch, global_tokens=global_tokens, step=step)
+        if ratio == PLAIN:
+            hidden_ND = self._hidden(batch)
+            tally = self._score_rows(hidden_ND.detach(), batch)[-1] if self._gate.needs_scores else None
+            return replace(self._finish(hidden_ND, batch, global_tokens), difficulty=tally)
         hidden_ND, back = self._engine.forward(batch)
-        labels_N = batch.labels_BT.flatten()
-        judges = [losses, gradient_norm, entropy, self._score]
-        losses_N, norms_N, entropies_N, scores_N = self._head.judge(hidden_ND, labels_N, judges)
-        labelled_N = labels_N != IGNORED
-        rows_K, weights_K = self._gate.choose(scores_N, labelled_N, ratio)
+        losses_N, scores_N, tally = self._score_rows(hidden_ND, batch)
+        labels_N, labelled_BT = batch.labels_BT.flatten(), batch.labels_BT != IGNORED
+        rows_K, weights_K = self._gate.choose(scores_N, labelled_BT, ratio)
         _, gradient_KD = self._head.backward(hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens)
-        back(rows_K, gradient_KD)
-        tokens = labelled_N.sum()
-        tally = difficulty.measure(norms_N, entropies_N, labelled_N)
+        back(rows_K, gradient_KD, accumulate, self._gate.depth(scores_N, rows_K))
+        tokens = labelled_BT.sum()
         return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)), tally)
+
+    def _score_rows(self, hidden_ND: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and scores of all rows, and the tally of their difficulty; the gate has seen them."""
+        labelled_BT = batch.labels_BT != IGNORED
+        judges = [losses, gradient_norm, entropy, self._score]
+        losses_N, norms_N, entropies_N, scores_N = self._head.judge(hidden_ND, batch.labels_BT.flatten(), judges)
+        self._gate.observe(scores_N, norms_N, labelled_BT, (~losses_N.isfinite()).sum())
+        return losses_N, scores_N, difficulty.measure(norms_N, entropies_N, labelled_BT.flatten())
 
     def report(self) -> GateReport:
         """As TrainingStep has it: what the gate says, and what its ratio spares with this model and engine."""
@@ -138,3 +151,11 @@ class GatedStep(PlainStep):
             ratio=report.ratio,
         )
         return report.model_copy(update={"saved_flops_ratio": saved})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As TrainingStep has it: what the gate knows."""
+        return self._gate.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As TrainingStep has it."""
+        self._gate.load_state_dict(state)
