@@ -2,8 +2,8 @@
 
 Products alone count, two operations per multiply-add; norms, rotations and softmax are left out. A backward pass costs
 two forward passes. So a plain step costs 3 forward passes, and at ratio r a head costs 1 + 3r: all rows are scored, the
-chosen ones run again with a backward pass. Blocks cost 3 with HeadOnly, and what engine.py states with the others, where
-depth tiers let fewer rows reach the lower blocks and a dense gradient of keys and values adds a backward pass of
+chosen ones run again with a backward pass. Blocks cost 3 with HeadOnly, and what engine.py states with the others,
+where depth tiers let fewer rows reach the lower blocks and a dense gradient of keys and values adds a backward pass of
 their projections over all rows.
 """
 
