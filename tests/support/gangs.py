@@ -14,12 +14,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pylon_api import names
-from pylon_api.run import RunConfig
-from pylon_trainer import launcher
+from pylon_api.run import RunConfig, TerminationReport, TrainerStatus
+from pylon_trainer import launcher, worker
 from pylon_trainer.runtime import processes
 
 DEADLINE_SECONDS = 90.0
@@ -51,6 +52,62 @@ def wait(pid: int) -> int:
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise AssertionError(f"process {pid} hangs")
+
+
+class ForkedWorker:
+    """What run_workers uses of a Popen."""
+
+    def __init__(self, config: RunConfig, rank: int, master: tuple[str, int]) -> None:
+        environment = processes.worker_environment(config, rank, master)
+
+        def run() -> None:
+            logging.root.handlers.clear()
+            os.environ.update(environment)
+            worker.main()
+
+        self.pid = fork(run)
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if ended else None
+        return self._status
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod of a gang that has been started."""
+
+    pid: int
+    directory: Path
+
+    def wait(self) -> int:
+        return wait(self.pid)
+
+    @property
+    def report(self) -> TerminationReport:
+        return TerminationReport.model_validate_json((self.directory / "termination").read_bytes())
+
+    @property
+    def final(self) -> TrainerStatus:
+        assert self.report.final is not None
+        return self.report.final
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def values(self, name: str) -> dict[int, str]:
+        """A value of the log lines, by step."""
+        lines = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in self.log.splitlines()]
+        return {int(line["step"]): line[name] for line in lines if "step" in line and name in line}
 
 
 def free_port() -> int:
