@@ -217,17 +217,37 @@ class GatingStrategy(enum.StrEnum):
     ENTROPY = "Entropy"
     LOSS = "Loss"
     MARGIN = "Margin"
+    COMBINED = "Combined"
+    DIFFICULTY = "Difficulty"
     RANDOM = "Random"
 
 
 class GatingSelection(enum.StrEnum):
     SAMPLED = "Sampled"
     TOP = "Top"
+    STRATIFIED = "Stratified"
+    SEQUENCE_AWARE = "SequenceAware"
+
+
+class GatingGranularity(enum.StrEnum):
+    TOKEN = "Token"  # noqa: S105  no password, whatever the word says
+    SEQUENCE = "Sequence"
+
+
+class RatioControl(enum.StrEnum):
+    FIXED = "Fixed"
+    GRADIENT_MASS = "GradientMass"
+
+
+class GatingFallback(enum.StrEnum):
+    MEASURED = "Measured"
+    NEVER = "Never"
 
 
 class GatingEngine(enum.StrEnum):
     HEAD_ONLY = "HeadOnly"
-    SINGLE_PASS = "SinglePass"  # noqa: S105  no password, whatever the word says
+    SINGLE_PASS = "SinglePass"  # noqa: S105
+    TWO_PASS = "TwoPass"  # noqa: S105
 
 
 class KvGradient(enum.StrEnum):
@@ -241,26 +261,146 @@ class RowActivations(enum.StrEnum):
 
 
 class GatingSpec(Spec):
-    """Confidence-gated gradient routing: which tokens the backward pass is spent on."""
+    """Confidence-gated gradient routing: which tokens the backward pass is spent on.
+
+    With `strategy` alone the gate follows the gradient mass and takes plain steps wherever gated ones would not pay.
+    """
 
     strategy: GatingStrategy = GatingStrategy.OFF
-    """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Disabled: no token is left out."""
+    """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Entropy and Loss: in nats. Margin:
+    1 minus the lead of the likeliest token. Combined: entropy, margin and loss together. Difficulty: entropy minus
+    confidence. Random: all alike, for comparison. Disabled: no token is left out."""
     selection: GatingSelection = GatingSelection.SAMPLED
     """Sampled: drawn with probability proportional to the score and weighted by its inverse, so that the gradient is
-    unbiased. Top: the highest scores only, which is biased."""
+    unbiased. Stratified: the same by strata of like score, one probability for all tokens of a stratum. SequenceAware:
+    the same, with a share of the tokens dealt out evenly to the sequences first. Top: the highest scores only, which is
+    biased."""
+    strata: int = Field(default=4, ge=2, le=64)
+    """Stratified only: strata of equal size that the ranked tokens are cut into."""
+    sequence_share: Fraction = 0.5
+    """SequenceAware only: share of the chosen tokens that is dealt out evenly to the sequences before the rest goes by
+    score; 1 is a fixed quota per sequence, 0 none. A sequence with fewer labels than its quota leaves the rest to
+    others."""
+    granularity: GatingGranularity = GatingGranularity.TOKEN
+    """Token: tokens are chosen by the model's own output. Sequence: whole sequences are chosen by the model's lowest
+    blocks (see routerLayers), and only those run through the whole model."""
+    router_layers: int | None = Field(default=None, ge=1, le=1024)
+    """Sequence granularity only: blocks of the model, counted from below, that score the sequences through its own
+    head. Unset: a quarter of them."""
+    ratio_control: RatioControl = RatioControl.GRADIENT_MASS
+    """GradientMass: the smallest share of tokens whose scores hold targetMass of the gradient norms, followed while
+    training. Fixed: tokenRatio throughout, so that two runs of one seed are the same bit for bit."""
     token_ratio: float = Field(default=0.5, gt=0, le=1)
-    """Share of tokens that carry gradient once warm-up is over; 1 keeps all."""
+    """Share of tokens that carry gradient once warm-up is over; 1 keeps all. With GradientMass it is where the ratio
+    starts."""
     warmup_steps: int = Field(default=0, ge=0, le=2**53)
-    """Steps over which the ratio falls linearly from 1 to tokenRatio; 0 starts at tokenRatio."""
+    """Steps over which the ratio falls linearly from 1; 0 switches it off."""
+    final_token_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Fixed only: share of tokens at the end of decaySteps, at most tokenRatio. Unset: tokenRatio throughout."""
+    decay_steps: int = Field(default=0, ge=0, le=2**53)
+    """Steps after the warm-up over which the ratio falls linearly from tokenRatio to finalTokenRatio; goes with it,
+    and 0 without."""
+    target_mass: float = Field(default=0.9, gt=0, le=1)
+    """GradientMass only: share of the sum of all tokens' gradient norms that the tokens of highest score must hold."""
+    minimum_token_ratio: float = Field(default=0.125, gt=0, le=1)
+    """GradientMass only: the ratio never falls below it."""
+    maximum_token_ratio: float = Field(default=1.0, gt=0, le=1)
+    """GradientMass only: the ratio of a gated step never exceeds it; 1 lets it rise to the plain step."""
+    fallback: GatingFallback = GatingFallback.MEASURED
+    """GradientMass only. Measured: plain steps while no gated step would pay, that is learn more per second by the
+    statistics of the scores and the measured time of steps; two runs of one seed may then differ in which steps are
+    gated. Never: no step's time is looked at, and two runs of one seed are the same."""
     engine: GatingEngine = GatingEngine.HEAD_ONLY
     """How far the backward pass shrinks to the chosen tokens. HeadOnly: in the head; exact. SinglePass: in every block;
-    faster, but tokens that were not chosen get no gradient through attention (see kvGradient)."""
+    faster, but tokens that were not chosen get no gradient through attention (see kvGradient). TwoPass: like SinglePass
+    with rows recomputed from a first pass without gradients, in memory that falls with the ratio."""
     kv_gradient: KvGradient = KvGradient.TRUNCATED
     """SinglePass only: gradient that chosen tokens send to the keys and values of the others. Truncated: ends there.
     Dense: reaches the block's key and value weights, at the cost of their whole backward pass, and ends below."""
     row_activations: RowActivations = RowActivations.KEEP
-    """SinglePass only: what the backward pass starts from. Keep: outputs of every linear layer, in as much memory as
-    the plain step's. Recompute: a hidden state, keys and values per block; the chosen tokens' forward runs again."""
+    """SinglePass: what the backward pass starts from. Keep: outputs of every linear layer, in as much memory as the
+    plain step's. Recompute: a hidden state, keys and values per block; the chosen tokens' forward runs again. TwoPass:
+    of the chosen tokens alone."""
+    depth_buckets: int = Field(default=1, ge=1, le=4)
+    """SinglePass and TwoPass: tiers that the chosen tokens are cut into by score. The gradient of the first goes back
+    over all blocks, that of the others ends higher up: with 4 tiers after 100, 75, 50 and 25 percent of them. The
+    warm-up opens one tier after the other. 1 switches it off."""
+    leak_rate: Fraction = 0.0
+    """With depthBuckets above 1: share of the tokens that would leave at some block which are drawn to go on all the
+    same, weighted by its inverse, so that the gradient below stays unbiased; 0 is none, and biased."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.minimumTokenRatio <= self.maximumTokenRatio",
+                "minimumTokenRatio must not exceed maximumTokenRatio",
+            ),
+            rule("has(self.finalTokenRatio) == (self.decaySteps > 0)", "finalTokenRatio and decaySteps go together"),
+            rule(
+                "!has(self.finalTokenRatio) || self.finalTokenRatio <= self.tokenRatio",
+                "finalTokenRatio must not exceed tokenRatio",
+            ),
+            rule(
+                "!has(self.finalTokenRatio) || self.ratioControl == 'Fixed'",
+                "finalTokenRatio needs ratioControl Fixed: GradientMass finds its own way down",
+            ),
+            rule(
+                "self.depthBuckets == 1 || self.engine != 'HeadOnly'",
+                "depthBuckets above 1 needs engine SinglePass or TwoPass",
+            ),
+            rule(
+                "self.kvGradient == 'Truncated' || self.engine != 'TwoPass'",
+                "kvGradient Dense does not go with engine TwoPass: use SinglePass",
+            ),
+            rule("self.leakRate == 0.0 || self.depthBuckets > 1", "leakRate needs depthBuckets above 1"),
+            rule(
+                "self.granularity == 'Token' || self.engine == 'HeadOnly'",
+                "granularity Sequence needs engine HeadOnly: chosen sequences run through the whole model",
+            ),
+            rule(
+                "self.granularity == 'Token' || self.selection in ['Sampled', 'Top']",
+                "granularity Sequence needs selection Sampled or Top",
+            ),
+            rule(
+                "!has(self.routerLayers) || self.granularity == 'Sequence'",
+                "routerLayers needs granularity Sequence",
+            ),
+        )
+    )
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> Self:
+        lowest, highest = self.minimum_token_ratio, self.maximum_token_ratio
+        if lowest > highest:
+            raise ValueError(f"minimumTokenRatio {lowest} must not exceed maximumTokenRatio {highest}")
+        final = self.final_token_ratio
+        if (final is not None) != (self.decay_steps > 0):
+            raise ValueError("finalTokenRatio and decaySteps go together: set both or neither")
+        if final is not None and final > self.token_ratio:
+            raise ValueError(f"finalTokenRatio {final} must not exceed tokenRatio {self.token_ratio}")
+        if final is not None and self.ratio_control is not RatioControl.FIXED:
+            raise ValueError("finalTokenRatio needs ratioControl Fixed: GradientMass finds its own way down")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.depth_buckets > 1 and self.engine is GatingEngine.HEAD_ONLY:
+            raise ValueError("depthBuckets above 1 needs engine SinglePass or TwoPass, not HeadOnly")
+        if self.kv_gradient is KvGradient.DENSE and self.engine is GatingEngine.TWO_PASS:
+            raise ValueError("kvGradient Dense does not go with engine TwoPass: use SinglePass")
+        if self.leak_rate > 0 and self.depth_buckets == 1:
+            raise ValueError("leakRate needs depthBuckets above 1")
+        if self.granularity is GatingGranularity.SEQUENCE:
+            if self.engine is not GatingEngine.HEAD_ONLY:
+                raise ValueError(
+                    f"granularity Sequence needs engine HeadOnly, not {self.engine}: "
+                    f"chosen sequences run through the whole model"
+                )
+            if self.selection not in (GatingSelection.SAMPLED, GatingSelection.TOP):
+                raise ValueError(f"granularity Sequence needs selection Sampled or Top, not {self.selection}")
+        elif self.router_layers is not None:
+            raise ValueError("routerLayers needs granularity Sequence")
+        return self
 
 
 class RestoreSpec(Spec):
@@ -349,6 +489,11 @@ class TrainingSpec(Spec):
                 "!has(self.export) || self.export.format == 'Disabled' || has(self.export.uri) || has(self.checkpoint)",
                 "export needs export.uri or checkpoint.uri to know where to write",
             ),
+            rule(
+                "!has(self.gating) || !has(self.gating.routerLayers) || !has(self.model)"
+                " || self.gating.routerLayers <= self.model.layers",
+                "gating.routerLayers must not exceed model.layers",
+            ),
         )
     )
 
@@ -356,4 +501,11 @@ class TrainingSpec(Spec):
     def _export_has_a_place(self) -> Self:
         if self.export.format is not ExportFormat.OFF and not (self.export.uri or self.checkpoint):
             raise ValueError("export needs export.uri or checkpoint.uri to know where to write")
+        return self
+
+    @model_validator(mode="after")
+    def _router_is_part_of_the_model(self) -> Self:
+        routers, layers = self.gating.router_layers, self.model.layers
+        if routers is not None and routers > layers:
+            raise ValueError(f"gating.routerLayers {routers} must not exceed model.layers {layers}")
         return self

@@ -91,9 +91,34 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
     "spec.training.model.hiddenSize": {"spec.training.model.heads": 1},
     "spec.training.model.kvHeads": {"spec.training.model.heads": 1024, "spec.training.model.hiddenSize": 65536},
     "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
+    "spec.training.gating.routerLayers": {
+        "spec.training.gating.granularity": "Sequence",
+        "spec.training.model.layers": 1024,
+    },
+    "spec.training.gating.finalTokenRatio": {
+        "spec.training.gating.ratioControl": "Fixed",
+        "spec.training.gating.tokenRatio": 1,
+        "spec.training.gating.decaySteps": 1,
+    },
+    "spec.training.gating.decaySteps": {
+        "spec.training.gating.ratioControl": "Fixed",
+        "spec.training.gating.finalTokenRatio": 0.25,
+    },
+    "spec.training.gating.maximumTokenRatio": {"spec.training.gating.minimumTokenRatio": 1e-9},
+    "spec.training.gating.depthBuckets": {"spec.training.gating.engine": "SinglePass"},
+    "spec.training.gating.leakRate": {
+        "spec.training.gating.engine": "SinglePass",
+        "spec.training.gating.depthBuckets": 2,
+    },
     "spec.training.data.tokenizer.kind": {"spec.training.data.tokenizer.uri": "t.json"},
     "spec.training.data.tokenizer.uri": {"spec.training.data.tokenizer.kind": "File"},
 }
+
+FORBIDS_ITS_COMPANION: list[tuple[Path, Any]] = [
+    ("spec.training.data.tokenizer.kind", "Bytes"),
+    ("spec.training.gating.decaySteps", 0),
+]
+"""Values inside their bounds that do not go with their field's companions; rule cases have them."""
 
 
 def schema_cases() -> Iterator[Case]:
@@ -101,8 +126,8 @@ def schema_cases() -> Iterator[Case]:
     for path, node in _fields(root_schema()["properties"]["spec"], "spec"):
         beside = COMPANIONS.get(path, {})
         for value in _inside(node):
-            if path == "spec.training.data.tokenizer.kind" and value == "Bytes":
-                continue  # the one value that forbids its companion; a rule case has it
+            if (path, value) in FORBIDS_ITS_COMPANION:
+                continue
             yield Case(f"{path}={_short(value)}", {**beside, path: value})
         for value in _outside(node):
             yield Case(f"{path}={_short(value)}", {**beside, path: value}, problem=path)
@@ -172,6 +197,8 @@ def _short(value: Any) -> str:
 
 TRAINING = "spec.training"
 TOKENIZER = f"{TRAINING}.data.tokenizer"
+GATING = f"{TRAINING}.gating"
+FALLING = {"ratioControl": "Fixed", "tokenRatio": 0.5, "finalTokenRatio": 0.25, "decaySteps": 100}
 NAME = "metadata.name"
 
 RULE_CASES = [
@@ -222,6 +249,42 @@ RULE_CASES = [
     Case(
         "export on its own",
         {f"{TRAINING}.export": {"format": "HuggingFace", "uri": "./e"}, f"{TRAINING}.checkpoint": REMOVED},
+    ),
+    Case("a gate by its score alone", {GATING: {"strategy": "GradientNorm"}}),
+    Case("a gate of before the closed loop", {GATING: {"strategy": "GradientNorm", "tokenRatio": 0.25}}),
+    Case("an unknown score", {GATING: {"strategy": "Luck"}}, f"{GATING}.strategy"),
+    Case("ratios in order", {GATING: {"minimumTokenRatio": 0.25, "maximumTokenRatio": 0.25}}),
+    Case(
+        "ratios out of order",
+        {GATING: {"minimumTokenRatio": 0.5, "maximumTokenRatio": 0.25}},
+        "must not exceed maximumTokenRatio",
+    ),
+    Case("no decay", {GATING: {"decaySteps": 0}}),
+    Case("a falling ratio", {GATING: FALLING}),
+    Case("a falling ratio without steps", {GATING: FALLING | {"decaySteps": 0}}, "decaySteps go together"),
+    Case("steps without a falling ratio", {GATING: {"decaySteps": 5}}, "decaySteps go together"),
+    Case("a ratio that would rise", {GATING: FALLING | {"tokenRatio": 0.2}}, "must not exceed tokenRatio"),
+    Case("two hands on the ratio", {GATING: FALLING | {"ratioControl": "GradientMass"}}, "needs ratioControl Fixed"),
+    Case("depth tiers", {GATING: {"engine": "SinglePass", "depthBuckets": 4, "leakRate": 0.1}}),
+    Case("depth tiers of the head", {GATING: {"engine": "HeadOnly", "depthBuckets": 2}}, "SinglePass or TwoPass"),
+    Case("a dense gradient in two passes", {GATING: {"engine": "TwoPass", "kvGradient": "Dense"}}, "use SinglePass"),
+    Case("a leak without tiers", {GATING: {"engine": "SinglePass", "leakRate": 0.1}}, "leakRate needs depthBuckets"),
+    Case("whole sequences", {GATING: {"granularity": "Sequence", "selection": "Top", "routerLayers": 2}}),
+    Case(
+        "whole sequences row by row",
+        {GATING: {"granularity": "Sequence", "engine": "TwoPass"}},
+        "granularity Sequence needs engine HeadOnly",
+    ),
+    Case(
+        "a quota per sequence of sequences",
+        {GATING: {"granularity": "Sequence", "selection": "SequenceAware"}},
+        "granularity Sequence needs selection Sampled or Top",
+    ),
+    Case("a router for tokens", {GATING: {"routerLayers": 2}}, "routerLayers needs granularity Sequence"),
+    Case(
+        "a router above the model",
+        {GATING: {"granularity": "Sequence", "routerLayers": 5}, f"{TRAINING}.model": {"layers": 4}},
+        "must not exceed model.layers",
     ),
     Case("a failure rule by exit code", {"spec.failurePolicy.rules": [{"action": "Fail", "exitCodes": [1]}]}),
     Case("a failure rule by reason", {"spec.failurePolicy.rules": [{"action": "Fail", "podReasons": ["Evicted"]}]}),
