@@ -9,18 +9,16 @@ Shapes: N = B * T tokens of a micro-batch, K of them chosen, D hidden width, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from pylon_trainer.gating.gradients import Sink, go_back
 from pylon_trainer.kernels import head
 from pylon_trainer.kernels.score import CrossEntropy, Scores
 from pylon_trainer.models import Transformer
-
-Sink = Callable[[Tensor, Tensor], None]
-"""Takes a parameter and a gradient of it, to be added to those that it has."""
 
 
 class HeadResult(NamedTuple):
@@ -90,22 +88,8 @@ class Head:
 
     def _give(self, d_weight_VD: Tensor, sink: Sink) -> None:
         """The weight's gradient to its parameter, or on to the factors that it was multiplied from."""
-        if self._weight_VD.is_leaf:
-            sink(self._weight_VD, d_weight_VD)
-            return
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        # As a sum, because autograd imports sympy for seconds to look at the shape of a gradient that it is given.
-        product_sum = (self._weight_VD * d_weight_VD.to(self._weight_VD.dtype)).sum()
-        gradients = torch.autograd.grad(product_sum, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                sink(parameter, gradient)
-
-
-def add_to_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """The sink of a training loop: gradients are summed in `parameter.grad`."""
-    gradient = gradient.to(parameter.dtype)
-    if parameter.grad is None:
-        parameter.grad = gradient
-    else:
-        parameter.grad += gradient
+        gradient_VD = d_weight_VD.to(self._weight_VD.dtype)
+        if isinstance(self._weight_VD, Parameter):
+            sink(self._weight_VD, gradient_VD)
+        else:
+            go_back(self._weight_VD, gradient_VD, list(self._model.parameters()), sink)
