@@ -6,11 +6,14 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,6 +34,42 @@ def peak_bytes(function: Callable[[], object]) -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+class Mark:
+    """A point in the work of a device, or in time on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._time_s = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until the device has come here."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def milliseconds_to(self, later: Mark) -> float:
+        """Time between two marks of one device, once it has passed both."""
+        if self._event is not None and later._event is not None:
+            return float(self._event.elapsed_time(later._event))
+        return (later._time_s - self._time_s) * 1e3
+
+
+def host_syncs(function: Callable[[], object]) -> int:
+    """How often a call made the host wait for the device."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        function()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process; it grows when something recompiles."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def copy_bytes_per_s() -> float:
