@@ -86,6 +86,20 @@ def publish(
     timing: str = "median of repeated calls, L2 flushed before each",
 ) -> None:
     """Print the rows as a table and write them with their environment to `<directory>/<name>.json`."""
+    print_table(rows)
+    write_results(name, rows, directory, timing=timing)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys in columns."""
+    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    print("\n".join(lines), flush=True)
+
+
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], directory: Path, **notes: Any) -> None:
+    """`<directory>/<name>.json`: the environment, with what else there is to note of it, and the rows."""
     on_device = torch.cuda.is_available()
     environment = {
         "device": torch.cuda.get_device_name() if on_device else f"{torch.get_num_threads()} CPU threads",
@@ -93,11 +107,8 @@ def publish(
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_device else None,
         "triton": importlib.metadata.version("triton") if on_device else None,
-        "timing": timing,
+        **notes,
     }
-    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
