@@ -245,9 +245,10 @@ def verdict(mean: float, error: float) -> str:
 
 def time_of_plain(losses: Mapping[tuple[str, str], Mapping[int, float]], phase: str, loss: float) -> str:
     """Time after which plain training is as good, as a multiple, read off its longer runs."""
-    longer = [(STRATEGIES[name].time_factor, name) for name in STRATEGIES if name.startswith("plain")]
     known = [
-        (factor, statistics.mean(by_seed.values())) for factor, name in longer if (by_seed := losses.get((phase, name)))
+        (strategy.time_factor, statistics.mean(by_seed.values()))
+        for name, strategy in STRATEGIES.items()
+        if name.startswith("plain") and (by_seed := losses.get((phase, name)))
     ]
     if len(known) < 2 or loss > known[0][1]:
         return ""
