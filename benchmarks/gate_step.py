@@ -15,8 +15,10 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,7 @@ import torch
 from measure import RESULTS, publish
 from plain_baselines import WholeHeadStep, fastest_attention, rival_heads
 from step_bench import Bench, Kind
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from step_flops import backward_flops, counting_process
 
 from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
@@ -81,7 +82,7 @@ QUICK_RATIOS = (0.25, 0.5, 1.0)
 ROUNDS = 4
 
 
-def step_of(model: Transformer, device: torch.device, compiles: bool, **gating: Any) -> TrainingStep:
+def step_of(model: Transformer, device: torch.device, compiles: bool, gating: dict[str, Any]) -> TrainingStep:
     training = TrainingSpec(
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=1),
@@ -99,65 +100,50 @@ def gate_of(fields: dict[str, Any], ratio: float) -> dict[str, Any]:
     return {"strategy": "GradientNorm", "token_ratio": ratio} | known | fields
 
 
-def backward_flops(shape: Shape, gating: dict[str, Any]) -> int:
-    """Products of an eager step beyond one forward pass through blocks and head.
+def measure(
+    shape: Shape, device: torch.device, compiles: bool, quick: bool, counting: Executor, failures: list[str]
+) -> list[Kind]:
+    """All kinds that came through; the others are named in `failures`."""
 
-    Counted at one and two blocks, which are alike, and at eight sequences, so that every ratio gives whole ones.
-    """
+    def survives(kind: Kind, trial: Callable[[Kind], None]) -> bool:
+        try:
+            trial(kind)
+        except Exception:  # whatever one kind dies of must not cost the device time of the others
+            failures.append(f"{kind.name} {kind.ratio}")
+            print(f"  {failures[-1]} failed:\n{traceback.format_exc()}", flush=True)
+            bench.model.zero_grad()
+            return False
+        return True
 
-    def count(layers: int) -> int:
-        model, batch = shape.build(layers), shape.batch(8, torch.device("cpu"))
-        step = step_of(model, torch.device("cpu"), False, **gating)
-        with FlopCounterMode(display=False) as whole:
-            step.forward_backward(batch, global_tokens=batch.labels_BT.numel(), step=0)
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            model.head(model(batch.tokens_BT))
-        return int(whole.get_total_flops() - forward.get_total_flops())
-
-    with FakeTensorMode():
-        first, second = count(1), count(2)
-    return first + (second - first) * (shape.model["layers"] - 1)
-
-
-def measure(shape: Shape, device: torch.device, compiles: bool, quick: bool, failures: list[str]) -> list[Kind]:
-    """The plain kinds, then the gated ones; those that failed are left out and named in `failures`."""
     torch.manual_seed(0)
     bench = Bench(shape.build().to(device), shape.batch(shape.sequences, device))
-    kinds: list[Kind] = []
-
-    def attempt(name: str, build: Callable[[], Kind]) -> None:
-        try:
-            kind = build()
-            bench.warm_up(kind)
-        except Exception:  # whatever one kind dies of must not cost the device time of the others
-            print(f"  {name} failed:\n{traceback.format_exc()}", flush=True)
-            failures.append(name)
-            bench.model.zero_grad()
-            return
-        kinds.append(kind)
-
-    attempt("plain", lambda: Kind("Plain", 1.0, step_of(bench.model, device, compiles), is_plain=True))
-    if device.type == "cuda":
-        for name, loss_sum in rival_heads().items():
-            step = WholeHeadStep(bench.model, loss_sum)
-            attempt(name, lambda name=name, step=step: Kind(f"Plain, {name}", 1.0, step, is_plain=True))  # type: ignore[misc]
-    for name, fields, ratio in gates(quick):
-        gating = gate_of(fields, ratio)
-        attempt(
-            f"{name} {ratio}",
-            lambda name=name, ratio=ratio, gating=gating: Kind(  # type: ignore[misc]
+    count = partial(counting.submit, backward_flops, shape.model, shape.vocabulary, shape.tokens)
+    kinds = [
+        *plain_kinds(bench.model, device, compiles, count({})),
+        *(
+            Kind(
                 name,
                 ratio,
-                step_of(bench.model, device, compiles, **gating),
-                granularity=gating.get("granularity", "Token").lower(),
-                backward_flops=backward_flops(shape, gating),
-            ),
-        )
+                partial(step_of, bench.model, device, compiles, gate_of(fields, ratio)),
+                count(gate_of(fields, ratio)),
+                granularity=fields.get("granularity", "Token").lower(),
+            )
+            for name, fields, ratio in gates(quick)
+        ),
+    ]
+    kinds = [kind for kind in kinds if survives(kind, bench.warm_up)]
     for _ in range(ROUNDS):
-        for kind in kinds:
-            bench.take_turn(kind)
+        kinds = [kind for kind in kinds if survives(kind, bench.take_turn)]
     compare_gradients(bench, kinds)
     return kinds
+
+
+def plain_kinds(model: Transformer, device: torch.device, compiles: bool, flops: Future[int]) -> Iterator[Kind]:
+    """Pylon's own, and on CUDA the same blocks with other heads."""
+    yield Kind("Plain", 1.0, partial(step_of, model, device, compiles, {}), flops, is_plain=True)
+    if device.type == "cuda":
+        for name, loss_sum in rival_heads().items():
+            yield Kind(f"Plain, {name}", 1.0, partial(WholeHeadStep, model, loss_sum), flops, is_plain=True)
 
 
 def gates(quick: bool) -> Iterator[tuple[str, dict[str, Any], float]]:
@@ -178,11 +164,11 @@ def compare_gradients(bench: Bench, kinds: list[Kind]) -> None:
             kind.gradient_difference = float(difference / torch.nn.utils.get_total_norm(plain.values()))
 
 
-def rows_of(name: str, shape: Shape, device: torch.device, compiles: bool, kinds: list[Kind]) -> list[dict[str, Any]]:
+def rows_of(name: str, device: torch.device, compiles: bool, kinds: list[Kind]) -> list[dict[str, Any]]:
     """One flat object of every kind, beside the fastest plain one."""
     plain = min((kind for kind in kinds if kind.is_plain), key=lambda kind: statistics.median(kind.step_ms))
     print(f"  the fastest plain step: {plain.name}", flush=True)
-    plain_flops = backward_flops(shape, {})
+    plain_flops = flops_of(plain)
     return [
         {
             "shape": name,
@@ -196,7 +182,7 @@ def rows_of(name: str, shape: Shape, device: torch.device, compiles: bool, kinds
             "speedup": statistics.median(plain.step_ms) / statistics.median(kind.step_ms),
             "memory_ratio": ratio_of(kind.peak_bytes, plain.peak_bytes),
             "activation_memory_ratio": ratio_of(activation_bytes(kind), activation_bytes(plain)),
-            "backward_flop_ratio": ratio_of(plain_flops if kind.is_plain else kind.backward_flops, plain_flops),
+            "backward_flop_ratio": ratio_of(flops_of(kind), plain_flops),
             "forward_backward_ms": statistics.median(kind.forward_backward_ms),
             "forward_backward_speedup": statistics.median(plain.forward_backward_ms)
             / statistics.median(kind.forward_backward_ms),
@@ -214,6 +200,14 @@ def activation_bytes(kind: Kind) -> int | None:
     if kind.peak_bytes is None or kind.persistent_bytes is None:
         return None
     return kind.peak_bytes - kind.persistent_bytes
+
+
+def flops_of(kind: Kind) -> int | None:
+    """None when they could not be counted."""
+    error = kind.backward_flops.exception()
+    if error is not None:
+        print(f"  FLOPs of {kind.name} {kind.ratio}: {error!r}")
+    return None if error is not None else kind.backward_flops.result()
 
 
 def ratio_of(part: int | None, whole: int | None) -> float | None:
@@ -235,16 +229,17 @@ def main() -> int:
     torch._dynamo.config.recompile_limit = 64
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    for name in arguments.shape or list(shapes):
-        shape = shapes[name]
-        print(f"{name}:", flush=True)
-        spec = ModelSpec.model_validate(shape.model)
-        with fastest_attention(spec, shape.sequences, shape.tokens) if device.type == "cuda" else nullcontext():
-            kinds = measure(shape, device, arguments.compile, arguments.quick, failures)
-        if any(kind.is_plain for kind in kinds):
-            rows += rows_of(name, shape, device, arguments.compile, kinds)
-            publish("gate_step", rows, arguments.results, timing="median over rounds in which all kinds take turns")
-        torch._dynamo.reset()
+    with counting_process() as counting:
+        for name in arguments.shape or list(shapes):
+            shape = shapes[name]
+            print(f"{name}:", flush=True)
+            spec = ModelSpec.model_validate(shape.model)
+            with fastest_attention(spec, shape.sequences, shape.tokens) if device.type == "cuda" else nullcontext():
+                kinds = measure(shape, device, arguments.compile, arguments.quick, counting, failures)
+            if any(kind.is_plain for kind in kinds):
+                rows += rows_of(name, device, arguments.compile, kinds)
+                publish("gate_step", rows, arguments.results, timing="median over rounds in which all kinds take turns")
+            torch._dynamo.reset()
     if failures:
         print(f"failed: {', '.join(failures)}", file=sys.stderr)
     return 1 if failures else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -25,15 +27,17 @@ class Kind:
 
     name: str
     ratio: float
-    step: Trainable
+    build: Callable[[], Trainable]
+    backward_flops: Future[int]
     granularity: str = "token"
     is_plain: bool = False
+    step: Trainable = field(init=False)
+    """There once it is warm."""
     step_ms: list[float] = field(default_factory=list)
     forward_backward_ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     persistent_bytes: int | None = None
     """Weights, gradients and optimizer state."""
-    backward_flops: int | None = None
     syncs: int | None = None
     recompiles: int = 0
     gradient_difference: float | None = None
@@ -74,8 +78,9 @@ class Bench:
         return gradients
 
     def warm_up(self, kind: Kind) -> None:
-        """Compile, then see memory, waits for the device and, at ratio 1, gradients."""
+        """Build and compile, then see memory, waits for the device and, at ratio 1, gradients."""
         start = time.perf_counter()
+        kind.step = kind.build()
         for _ in range(3):
             self.step(kind)
         if self.device.type == "cuda":
