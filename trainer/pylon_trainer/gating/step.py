@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
-from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
+from pylon_api.training import TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
@@ -27,21 +27,7 @@ from pylon_trainer.gating.scores import judge
 from pylon_trainer.kernels.head import poison
 from pylon_trainer.kernels.score import Scores
 from pylon_trainer.models import Transformer
-from pylon_trainer.step import IGNORED, Batch, StepResult, TrainingStep
-
-
-def build_step(model: Transformer, training: TrainingSpec, device: torch.device) -> TrainingStep:
-    """The step that `training` asks for, around a model that is already on `device`.
-
-    Autocast and compilation of the blocks are the step's own business; the caller need not wrap anything.
-    """
-    if training.compile is Compile.DEFAULT:
-        for block in model.blocks:
-            block.compile()
-    precision = torch.bfloat16 if training.precision is Precision.BFLOAT16 else None
-    if training.gating.strategy is GatingStrategy.OFF:
-        return PlainStep(model, device, precision)
-    return GatedStep(model, device, precision, training)
+from pylon_trainer.step import IGNORED, Batch, StepResult
 
 
 class PlainStep:
@@ -57,11 +43,18 @@ class PlainStep:
         return self._finish(self._head(), self._hidden(batch), batch, global_tokens)
 
     def _finish(
-        self, head: Head, hidden_ND: Tensor, batch: Batch, global_tokens: int, scores: Scores | None = None
+        self,
+        head: Head,
+        hidden_ND: Tensor,
+        batch: Batch,
+        global_tokens: int,
+        *,
+        scores: Scores | None = None,
+        weights_N: Tensor | None = None,
     ) -> StepResult:
-        """Loss and backward pass of every row; scores: those that are known already."""
+        """Loss and backward pass of every row. scores: when they are known already. weights_N: None for 1."""
         labels_N = batch.labels_BT.flatten()
-        weights_N = torch.ones_like(labels_N, dtype=torch.float32)
+        weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
         loss_sum, gradient_ND, nonfinite_rows = head.backward(
             hidden_ND, labels_N, weights_N, global_tokens, accumulate, scores
         )
@@ -126,7 +119,7 @@ class GatedStep(PlainStep):
         if ratio == PLAIN:
             hidden_ND = self._hidden(batch)
             scores = self._look(head, hidden_ND, batch)[0] if self._gate.needs_scores else None
-            return self._finish(head, hidden_ND, batch, global_tokens, scores)
+            return self._finish(head, hidden_ND, batch, global_tokens, scores=scores)
         hidden_ND, back = self._engine.forward(batch)
         scores, scores_N = self._look(head, hidden_ND, batch)
         rows_K, weights_K = self._gate.choose(scores_N, labelled_BT, ratio)
