@@ -183,12 +183,13 @@ def test_a_resumed_gate_decides_and_chooses_as_the_uninterrupted_one(gating: dic
     assert second.gate.report() == whole.gate.report()
 
 
-def test_a_plain_runs_checkpoint_and_one_of_other_ratios_start_the_gate_anew() -> None:
-    other, life = Life.of(minimum_token_ratio=0.3), Life.of()
+def test_after_a_plain_run_or_another_gates_it_starts_anew() -> None:
+    expected, other = Life.of(minimum_token_ratio=0.3).live(0, 60), Life.of()
     other.live(0, 20)
     for state in ({}, other.gate.state_dict()):
+        life = Life.of(minimum_token_ratio=0.3)
         life.gate.load_state_dict(state)
-    life.live(20, 60)
+        assert life.live(0, 60) == expected
 
 
 def test_ranks_that_see_different_scores_decide_alike_and_resume_alike(tmp_path: Path) -> None:
@@ -221,3 +222,36 @@ def test_ranks_that_see_different_scores_decide_alike_and_resume_alike(tmp_path:
         assert second.live(43, 100) == expected[43:]
 
     run_ranks(take_part, tmp_path, size=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection", ["Sampled", "Stratified", "SequenceAware", "Top"])
+def test_on_a_gpu_nothing_waits_and_the_gate_decides_by_its_own_clock(selection: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    gating = GatingSpec.model_validate({"strategy": "GradientNorm", "selection": selection, "depth_buckets": 2,
+                                        "engine": "SinglePass"})  # fmt: skip
+    gate = Gate(gating, seed=1, rank=0, device=device)
+    norms_N, labelled_BT = concentrated(0).flatten().to(device), LABELLED_BT.to(device)
+    work = torch.randn(2048, 2048, device=device)
+    nonfinite_rows = torch.zeros((), dtype=torch.int32, device=device)
+
+    def step(number: int) -> None:
+        ratio = gate.begin(number)
+        gate.observe(norms_N, norms_N, labelled_BT, nonfinite_rows)
+        if ratio < PLAIN:
+            gate.depth(norms_N, gate.choose(norms_N, labelled_BT, ratio).rows_K)
+        for _ in range(round(100 * ratio)):
+            work @ work
+
+    step(0)  # the first pass may wait: libraries set themselves up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(1, 15 * INTERVAL_STEPS):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert gate.report().decision is GateDecision.GATED
+    json.dumps(gate.state_dict())
