@@ -245,7 +245,7 @@ def test_ranks_that_see_different_scores_decide_alike_and_resume_alike(tmp_path:
         ({"warmup_steps": 90}, 30, 1),
         ({"warmup_steps": 90}, 89, 2),
         ({"warmup_steps": 90}, 90, 3),
-        ({"depth_buckets": 1}, 0, None),
+        ({"depth_buckets": 1, "leak_rate": 0}, 0, None),
     ],
 )
 def test_depth_tiers_go_by_score_and_open_over_the_warm_up(

@@ -33,7 +33,7 @@ def step_of(model: Transformer, **gating: object) -> TrainingStep:
         precision=Precision.FLOAT32,
         gating=GatingSpec.model_validate(gating),
     )
-    return build_step(model, training, torch.device("cpu"))
+    return build_step(model, training, model.embedding.weight.device)
 
 
 def gated(model: Transformer, ratio: float, **gating: object) -> TrainingStep:
@@ -134,3 +134,23 @@ def test_saved_flops_are_those_that_are_counted(layers: int) -> None:
 
 def forward_backward(step: TrainingStep, batch: Batch) -> Callable[[], object]:
     return lambda: step.forward_backward(batch, global_tokens=48, step=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection", ["Sampled", "Top"])
+def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(selection: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    batch = batch_of(6)
+    _, expected = run(gated(model_of(), 0.5, selection=selection), batch)
+    step, moved = gated(model_of().cuda(), 0.5, selection=selection), batch.to(torch.device("cuda"))
+    run(step, moved, 4)  # the first pass may wait: libraries set themselves up
+    step.model.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.forward_backward(moved, global_tokens=72, step=5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    gradient = torch.cat([p.grad.flatten().cpu() for p in step.model.parameters() if p.grad is not None])
+    assert distance(gradient, expected) < 1e-3
