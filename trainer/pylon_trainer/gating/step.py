@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
-from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
+from pylon_api.training import TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
@@ -27,21 +27,7 @@ from pylon_trainer.gating.scores import judge
 from pylon_trainer.kernels.head import poison
 from pylon_trainer.kernels.score import Scores
 from pylon_trainer.models import Transformer
-from pylon_trainer.step import IGNORED, Batch, StepResult, TrainingStep
-
-
-def build_step(model: Transformer, training: TrainingSpec, device: torch.device) -> TrainingStep:
-    """The step that `training` asks for, around a model that is already on `device`.
-
-    Autocast and compilation of the blocks are the step's own business; the caller need not wrap anything.
-    """
-    if training.compile is Compile.DEFAULT:
-        for block in model.blocks:
-            block.compile()
-    precision = torch.bfloat16 if training.precision is Precision.BFLOAT16 else None
-    if training.gating.strategy is GatingStrategy.OFF:
-        return PlainStep(model, device, precision)
-    return GatedStep(model, device, precision, training)
+from pylon_trainer.step import IGNORED, Batch, StepResult
 
 
 class PlainStep:
@@ -57,11 +43,12 @@ class PlainStep:
         return self._plain(batch, global_tokens)[0]
 
     def _plain(
-        self, batch: Batch, global_tokens: int, *, wants_scores: bool = False
+        self, batch: Batch, global_tokens: int, *, weights_N: Tensor | None = None, wants_scores: bool = False
     ) -> tuple[StepResult, Scores | None]:
-        """Forward and backward pass with all rows; their scores, if wanted, come from the same logits."""
+        """Forward and backward pass with all rows; their scores, if wanted, come from the same logits. weights_N: None
+        for 1."""
         hidden_ND, labels_N = self._hidden(batch), batch.labels_BT.flatten()
-        weights_N = torch.ones_like(labels_N, dtype=torch.float32)
+        weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
         loss_sum, gradient_ND, nonfinite_rows, scores = self._head().backward(
             hidden_ND, labels_N, weights_N, global_tokens, accumulate, wants_scores=wants_scores
         )
