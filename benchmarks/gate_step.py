@@ -95,9 +95,7 @@ def step_of(model: Transformer, device: torch.device, compiles: bool, gating: di
 
 def gate_of(fields: dict[str, Any], ratio: float) -> dict[str, Any]:
     """A gate of fixed ratio that never falls back to the plain step."""
-    fixed = {"ratio_control": "Fixed", "fallback": "Never"}
-    known = {name: value for name, value in fixed.items() if name in GatingSpec.model_fields}
-    return {"strategy": "GradientNorm", "token_ratio": ratio} | known | fields
+    return {"strategy": "GradientNorm", "ratio_control": "Fixed", "fallback": "Never", "token_ratio": ratio} | fields
 
 
 def measure(
@@ -117,7 +115,10 @@ def measure(
 
     torch.manual_seed(0)
     bench = Bench(shape.build().to(device), shape.batch(shape.sequences, device))
-    count = partial(counting.submit, backward_flops, shape.model, shape.vocabulary, shape.tokens)
+
+    def count(gating: dict[str, Any]) -> Future[int]:
+        return counting.submit(backward_flops, shape.model, shape.vocabulary, shape.tokens, gating)
+
     kinds = [
         *plain_kinds(bench.model, device, compiles, count({})),
         *(

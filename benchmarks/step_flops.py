@@ -38,7 +38,7 @@ def backward_flops(model: dict[str, Any], vocabulary: int, tokens: int, gating: 
     """Products of an eager step beyond one forward pass through blocks and head, of eight sequences, so that every
     ratio gives whole ones. Counted at one and two blocks, which are alike."""
     first, second = (_count({**model, "layers": layers}, vocabulary, tokens, gating) for layers in (1, 2))
-    return first + (second - first) * (model["layers"] - 1)
+    return first + (second - first) * (int(model["layers"]) - 1)
 
 
 def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: dict[str, Any]) -> int:
@@ -64,8 +64,8 @@ class Counter(TorchDispatchMode):
     """Adds up the FLOPs of all products that run inside it."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
