@@ -51,6 +51,7 @@ def prepare(path: Path) -> None:
     training = [source for source in sources if not source.is_held_out]
     tokenizer = train_bpe((source.text for source in training[::BPE_EVERY]), VOCABULARY)
     end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None
     arrays: dict[str, Ids] = {}
     for kind, limit in TOKENS.items():
         for split, tokens in (("train", limit), ("held_out", HELD_OUT_TOKENS)):

@@ -57,7 +57,7 @@ def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: d
         with Counter() as forward, torch.no_grad():
             hidden_BTD = model(tokens_BT)
             hidden_BTD @ model.head_weight.T
-    return whole.total - forward.total
+    return int(whole.total - forward.total)
 
 
 class Counter(TorchDispatchMode):
@@ -65,7 +65,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total: int = 0
+        self.total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import python_corpus
 import quality_runs
+import quality_table
 
 
 @pytest.fixture
@@ -96,12 +97,12 @@ LOSSES = {
     ],
 )
 def test_the_table_judges_by_paired_differences(strategy: str, verdict: str, plain_needs: str) -> None:
-    (line,) = [row for row in gate_quality.summarise(rows_of(LOSSES)) if row["strategy"] == strategy]
+    (line,) = [row for row in quality_table.summarise(rows_of(LOSSES)) if row["strategy"] == strategy]
     assert (line["verdict"], line["plain needs"]) == (verdict, plain_needs)
 
 
 def test_one_seed_is_no_verdict() -> None:
-    table = gate_quality.summarise(rows_of({name: losses[:1] for name, losses in LOSSES.items()}))
+    table = quality_table.summarise(rows_of({name: losses[:1] for name, losses in LOSSES.items()}))
     assert {line["verdict"] for line in table} == {"", "one seed"}
 
 
