@@ -1,84 +1,78 @@
-"""Recall: run row-wise code a second time without its matrix products, from their outputs of the first time.
+"""Recall: run a block a second time, on chosen rows, without its matrix products, from their outputs of the first time.
 
-A model's forward pass under `Record` keeps what every linear layer gave. The same code on some of the rows, under
-`Recall`, takes those outputs instead of multiplying again and has gradients like any other code, so that a backward
-pass over chosen rows costs no second forward pass. Cheap operations between the products (norms, activations,
-rotations) are computed anew. Only `F.linear` without bias is known here; anything else simply runs again.
-
-It works as selective activation checkpointing does, one level higher, because the rows are chosen in between.
+A block that runs in a `KeepingContext` (rows.py) leaves a `Product` per linear layer. On the way back the same block
+runs on some of the rows and takes those outputs instead of multiplying again, with gradients like any other code, so
+that it costs no second forward pass. The cheap operations between the products (norms, activations, rotations) are
+computed anew. It works as selective activation checkpointing does, one level higher, because the rows are chosen in
+between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
-from torch.overrides import TorchFunctionMode
+
+from pylon_trainer.models.context import Linear
 
 
-class Record(TorchFunctionMode):
-    """Appends the output of every linear layer to `outputs`."""
+class Product(NamedTuple):
+    """What a linear layer computed."""
 
-    def __init__(self, outputs: list[Tensor]) -> None:
-        super().__init__()
-        self._outputs = outputs
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is F.linear:
-            self._outputs.append(result)
-        return result
+    output: Tensor
+    weight: Tensor
+    """The layer's weight as it was multiplied: a copy in the precision of autocast, or the weight itself. Kept, so that
+    a step casts each weight once; that costs 2 bytes per parameter of the blocks from the forward pass to the way
+    back."""
 
 
-class Recall(TorchFunctionMode):
-    """Gives linear layers, in the order of their calls, the outputs that are already known."""
-
-    def __init__(self, outputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._outputs = list(outputs)
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if function is F.linear:
-            return _KnownLinear.apply(args[0], args[1], self._outputs.pop(0))
-        return function(*args, **(kwargs or {}))
+def recall(layer: Linear, x: Tensor, product: Product) -> Tensor:
+    """The layer's output at rows x, which `product` already holds for these rows."""
+    known: Tensor = _KnownLinear.apply(x, layer.weight, layer.bias, product.weight, product.output)
+    return known
 
 
 class _KnownLinear(Function):
-    """x W^T whose value is given; the gradients are those of the product, in the precision that the value has."""
+    """x W^T + b whose value is given. The gradients are those of the product, computed in the precision of the value;
+    those of the parameters come in the parameters' own."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, known: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, cast: Tensor, known: Tensor) -> Tensor:  # noqa: ARG004
         return known.view_as(known)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        x, weight, known = inputs
-        ctx.save_for_backward(x.to(known.dtype), weight)
-        ctx.input_dtype = x.dtype  # type: ignore[attr-defined]
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+        output: Tensor,  # noqa: ARG004
+    ) -> None:
+        x, weight, bias, cast, known = inputs
+        ctx.save_for_backward(x.to(known.dtype), cast)
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (gradient,) = gradients
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+        x, cast = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
         return (
-            (gradient @ weight.to(gradient.dtype)).to(ctx.input_dtype) if needs_x else None,
-            (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype) if needs_weight else None,
+            (gradient @ cast).to(ctx.x_dtype) if needs_x else None,
+            product_as(ctx.weight_dtype, rows.T, x.flatten(0, -2)) if needs_weight else None,
+            rows.sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
+            None,
             None,
         )
+
+
+def product_as(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in a precision that may be higher than theirs; on CUDA written by the product itself, without a copy."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and dtype is torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

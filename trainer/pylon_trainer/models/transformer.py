@@ -3,14 +3,13 @@
 It exists so that the blocks can be compiled one by one and so that the head can run on chosen rows only: `forward` ends
 at the hidden states, `head` turns rows of them into logits. It knows nothing of losses, gates, devices or precision.
 
-Shapes: B sequences, T tokens, D hidden width, H query heads, K key and value heads, E width of a head, V vocabulary,
-R rank of factorised embeddings; a tensor's name ends in its shape.
+Shapes: B sequences, T tokens, D hidden width, H query heads, J key and value heads, E width of a head, F inner width
+of the MLP, V vocabulary, R rank of factorised embeddings; a tensor's name ends in its shape.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,33 +17,7 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every block needs beside the hidden states; computed once per forward pass.
-
-    It is also where tokens meet: all that a block does outside `attend` it does to each token alone. So a block runs on
-    chosen tokens only when it is given a context whose `attend` knows the others.
-    """
-
-    cos: Tensor
-    """T x E/2, or B x 1 x T x E/2 when documents are isolated."""
-    sin: Tensor
-    """As cos."""
-    mask: Tensor | None
-    """B x 1 x T x T, true where a query may look; None is plainly causal."""
-
-    def attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        """Attention of every token to those that it may see, B x H x T x E."""
-        return F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKTE,
-            v_BKTE,
-            attn_mask=self.mask,
-            is_causal=self.mask is None,
-            enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1],
-        )
+from pylon_trainer.models.context import Context
 
 
 def build_model(spec: ModelSpec, *, vocab_size: int) -> Transformer:
@@ -137,12 +110,10 @@ class Transformer(nn.Module):
         places_T = torch.arange(tokens_BT.shape[1], device=device)
         if documents_BT is None:
             angles = places_T[:, None] * frequencies
-            return Context(angles.cos(), angles.sin(), None)
-        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        mask_BTT = same_BTT & (places_T[:, None] >= places_T)
+            return Context.of(angles.cos(), angles.sin())
         starts_BT = torch.searchsorted(documents_BT, documents_BT)  # the first place of each token's own document
         angles_BTE = (places_T - starts_BT)[..., None] * frequencies
-        return Context(angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), mask_BTT.unsqueeze(1))
+        return Context.of(angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT)
 
     def _initialise(self) -> None:
         """Normal matrices; those that write to the residual stream shrink with depth (GPT-2, section 2.3), and a
@@ -172,12 +143,16 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
-        updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
         return updated_BTD
+
+    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What tokens offer to those that attend to them, each B x J x T x E."""
+        return self.attention.keys_values(self.attention_norm(x_BTD), context)
 
 
 class Attention(nn.Module):
-    """Causal attention in which groups of H / K query heads share a key and a value head."""
+    """Causal attention in which groups of H / J query heads share a key and a value head."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -189,20 +164,19 @@ class Attention(nn.Module):
         self.output = _linear(spec.hidden_size, spec.hidden_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        q_BHTE = _rotate(self._heads(self.query(x_BTD)), context)
-        k_BKTE, v_BKTE = self.keys_values(x_BTD, context)
-        y_BHTE = context.attend(q_BHTE, k_BKTE, v_BKTE)
-        mixed_BTD: Tensor = self.output(y_BHTE.transpose(1, 2).flatten(2))
-        return mixed_BTD
+        k_BJTE, v_BJTE = self.keys_values(x_BTD, context)
+        q_BHTE = rotate(self._heads(context.linear(self.query, x_BTD)), context)
+        y_BHTE = context.attend(q_BHTE, k_BJTE, v_BJTE)
+        return context.linear(self.output, y_BHTE.transpose(1, 2).flatten(2))
 
     def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """What tokens offer to those that attend to them, each B x K x T x E."""
-        return _rotate(self._heads(self.key(x_BTD)), context), self._heads(self.value(x_BTD))
+        """What tokens offer to those that attend to them, each B x J x T x E."""
+        k_BJTE = rotate(self._heads(context.linear(self.key, x_BTD)), context)
+        return k_BJTE, self._heads(context.linear(self.value, x_BTD))
 
     def _heads(self, x: Tensor) -> Tensor:
         """B x T x (heads E) to B x heads x T x E."""
-        heads: Tensor = x.unflatten(-1, (-1, self.width))
-        return heads.transpose(1, 2)
+        return x.view(*x.shape[:-1], x.shape[-1] // self.width, self.width).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -214,9 +188,9 @@ class SwiGLU(nn.Module):
         self.up = _linear(hidden_size, intermediate_size)
         self.down = _linear(intermediate_size, hidden_size)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        down_BTD: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
-        return down_BTD
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        gated_BTF = F.silu(context.linear(self.gate, x_BTD)) * context.linear(self.up, x_BTD)
+        return context.linear(self.down, gated_BTF)
 
 
 def intermediate_size(spec: ModelSpec) -> int:
@@ -224,7 +198,7 @@ def intermediate_size(spec: ModelSpec) -> int:
     return spec.intermediate_size or 64 * math.ceil(spec.hidden_size * 8 / 3 / 64)
 
 
-def _rotate(x_BHTE: Tensor, context: Context) -> Tensor:
+def rotate(x_BHTE: Tensor, context: Context) -> Tensor:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): pair i is (i, i + E/2), as Llama's weights expect."""
     cos, sin = context.cos.to(x_BHTE.dtype), context.sin.to(x_BHTE.dtype)
     first, second = x_BHTE.chunk(2, dim=-1)
