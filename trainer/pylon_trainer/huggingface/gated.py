@@ -1,0 +1,144 @@
+"""A gated step of a Hugging Face model: what its forward pass becomes while it trains.
+
+The losses of all tokens come from one forward pass without a graph, so what is logged is the true loss of the batch.
+Which rows carry gradient is decided when the gradient of those losses arrives; head and blocks then go back from the
+chosen rows alone. A step that the gate leaves plain is the model's own forward, untouched, and so is every call without
+labels, without gradients or outside training.
+
+Shapes: B sequences, T tokens, N = B * T, K chosen rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pylon_api.run import GateReport
+from pylon_api.training import GatingSpec, RowActivations
+from pylon_trainer.gating.engine import Engine, build_engine
+from pylon_trainer.gating.gate import Gate
+from pylon_trainer.gating.gradients import Sink
+from pylon_trainer.gating.head import Head
+from pylon_trainer.gating.scores import SCORES
+from pylon_trainer.huggingface.detour import detour
+from pylon_trainer.huggingface.families import check, family_of, layers_of, window_of
+from pylon_trainer.huggingface.request import Request, read
+from pylon_trainer.huggingface.trunk import HuggingFaceTrunk
+from pylon_trainer.kernels.score import Scores
+from pylon_trainer.step import IGNORED
+
+
+@dataclass
+class GatedOutput(CausalLMOutputWithPast):  # type: ignore[misc]  # transformers is untyped here
+    """A loss without logits. Beside it, what TRL's trainers read of each token, zero where there is no label."""
+
+    log_probs: Tensor | None = None
+    """float32 B x T-1, with gradients: log-probability of each label."""
+    entropy: Tensor | None = None
+    """float32 B x T-1: entropy of each prediction, nats."""
+    is_top1: Tensor | None = None
+    """bool B x T-1: whether the label was the likeliest token."""
+    label_mask: Tensor | None = None
+    """bool B x T-1: whether there is a label."""
+
+
+class GatedModel:
+    """The gate of one model, and the forward that takes the place of the model's own."""
+
+    def __init__(self, model: Any, gating: GatingSpec, seed: int) -> None:
+        check(model)
+        self.step = 0
+        """Optimizer steps so far."""
+        self.calls = 0
+        """Calls of `forward`: none while training tells that another forward has taken its place."""
+        self.is_enabled = True
+        self._model = model
+        self._gating = gating
+        self._usual = model.forward
+        self._argument_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        self._window = window_of(layers_of(model, family_of(model))[0])
+        self._trunk = HuggingFaceTrunk(model)
+        self._engines: dict[bool, Engine] = {}
+        self._precision: torch.dtype | None = None
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self._gate = Gate(gating, seed=seed, rank=rank, device=model.device)
+        self._head = Head(self._trunk, self._autocast)
+
+    def report(self) -> GateReport:
+        """What the gate does, and why."""
+        return self._gate.report()
+
+    @torch.compiler.disable
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        """What the model's own forward gives, with its gradient spent on the rows that the gate chooses."""
+        self.calls += 1
+        arguments = dict(zip(self._argument_names, positional, strict=False)) | named
+        has_labels = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
+        if not (self.is_enabled and has_labels and self._model.training and torch.is_grad_enabled()):
+            return self._usual(*positional, **named)
+        ratio = self._gate.begin(self.step)
+        if ratio == 1 and not self._gate.observes:
+            return self._usual(*positional, **named)
+        request = read(arguments, self._window)
+        output = self._answer(request, ratio)
+        return output.to_tuple() if arguments.get("return_dict") is False else output
+
+    def _answer(self, request: Request, ratio: float) -> GatedOutput:
+        labels_BT = request.batch.labels_BT
+        labelled_BT = labels_BT != IGNORED
+        losses_N, scores = self._losses(request, labelled_BT, ratio)
+        items = labelled_BT.sum().clamp_min(1) if request.items is None else request.items
+        return GatedOutput(
+            loss=losses_N.sum() / items,
+            log_probs=-losses_N.view_as(labels_BT)[:, :-1],
+            entropy=scores.entropy_N.view_as(labels_BT)[:, :-1],
+            is_top1=(scores.loss_N.neg().exp() >= scores.confidence_N).view_as(labels_BT)[:, :-1] & labelled_BT[:, :-1],
+            label_mask=labelled_BT[:, :-1],
+        )
+
+    def _losses(self, request: Request, labelled_BT: Tensor, ratio: float) -> tuple[Tensor, Scores]:
+        """Losses of all tokens, whose gradients come from the rows that the gate chooses."""
+        device = labelled_BT.device.type
+        self._precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self._trunk.place(request.positions_BT, request.starts_BT)
+        hidden_ND, back = self._engine().forward(request.batch)
+        labels_N = request.batch.labels_BT.flatten()
+        scores = self._head.score(hidden_ND, labels_N)
+        scores_N = SCORES[self._gating.strategy](scores)
+        if self._gate.observes:
+            self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
+        else:
+            self._gate.count_nonfinite(scores.nonfinite_rows)
+        rows_K, weights_K, tiers = self._gate.choose(scores_N, labelled_BT, ratio)
+
+        def way_back(gradient_N: Tensor, sink: Sink) -> None:
+            # The rows' gradients already hold what the loss was divided or multiplied by.
+            _, gradient_KD = self._head.backward(
+                hidden_ND[rows_K], labels_N[rows_K], weights_K * gradient_N[rows_K], 1, sink, scores.logsumexp_N[rows_K]
+            )
+            back(rows_K, gradient_KD, sink, tiers)
+
+        wanted = [parameter for parameter in self._trunk.parameters() if parameter.requires_grad]
+        return detour(scores.loss_N, way_back, wanted), scores
+
+    def _engine(self) -> Engine:
+        """Of two, as a trainer may switch the checkpointing of activations on at any time."""
+        recomputes = bool(self._model.is_gradient_checkpointing)
+        if recomputes not in self._engines:
+            kept = self._gating.model_copy(update={"row_activations": RowActivations.RECOMPUTE} if recomputes else {})
+            self._engines[recomputes] = build_engine(self._trunk, kept, self._autocast)
+        return self._engines[recomputes]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self._model.device.type,
+            dtype=self._precision,
+            enabled=self._precision is not None,
+            cache_enabled=False,
+        )
