@@ -13,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pylon_api.training import KvGradient, ModelSpec, RowActivations
 from pylon_trainer.gating.engine import SinglePass
+from pylon_trainer.gating.gradients import accumulate
 from pylon_trainer.models import Transformer, build_model
-from pylon_trainer.models.transformer import Block, Context
+from pylon_trainer.models.context import Context
+from pylon_trainer.models.transformer import Block
 from pylon_trainer.step import Batch
 
 VOCABULARY = 37
@@ -77,7 +79,7 @@ def run(
     )
     hidden_ND, back = engine.forward(batch)
     assert not hidden_ND.requires_grad
-    back(torch.tensor(rows, dtype=torch.int64), gradient_of(len(rows)))
+    back(torch.tensor(rows, dtype=torch.int64), gradient_of(len(rows)), accumulate)
     return hidden_ND, gradients(model)
 
 
@@ -106,10 +108,11 @@ def reference(
             def attend(self, q: Tensor, *_: Tensor) -> Tensor:
                 return context.attend(q, k, v)
 
-        return block(x_BTD, Cut(context.cos, context.sin, context.mask))
+        return block(x_BTD, Cut(context.places, context.cos, context.sin, context.starts_BT, context.mask))
 
     with autocast(bfloat16):
-        x_BTD, context = model.embed(batch.tokens_BT), model.context(batch.tokens_BT, batch.documents_BT)
+        context = model.context(batch.tokens_BT, batch.documents_BT)
+        x_BTD = model.embed(batch.tokens_BT, context.places)
         for block in model.blocks:
             x_BTD = through(block, x_BTD, context)
         hidden_ND = model.norm(x_BTD).flatten(0, 1)
@@ -215,7 +218,7 @@ def test_backward_flops_fall_with_the_rows(share: int, activations: RowActivatio
         compile_backend=None,
     )
     _, back = engine.forward(batch)
-    ratio = flops(lambda: back(rows, torch.ones(len(rows), 64))) / plain
+    ratio = flops(lambda: back(rows, torch.ones(len(rows), 64), accumulate)) / plain
 
     passes = 1.0 if activations is RowActivations.KEEP else 1.5
     # The dense option runs the products of keys and values, a sixth of the linear layers' here, for all tokens as well.

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 from pylon_trainer.models.context import Linear
 
@@ -25,33 +25,46 @@ class Product(NamedTuple):
     output: Tensor
     weight: Tensor
     """The layer's weight as it was multiplied: a copy in the precision of autocast, or the weight itself. Kept, so that
-    a step casts each weight once; that costs 2 bytes per parameter of the blocks from the forward pass to the way
+    a step casts each weight once; that takes 2 bytes per parameter of the blocks from the forward pass to the way
     back."""
+
+
+def multiply(layer: Linear, x: Tensor, precision: torch.dtype | None) -> Product:
+    """The layer's output in a precision; None: that of its weight."""
+    weight = layer.weight.detach()
+    if precision is not None:
+        weight = weight.to(precision)
+    return Product(_Linear.apply(x.to(weight.dtype), layer.weight, layer.bias, weight, None), weight)
 
 
 def recall(layer: Linear, x: Tensor, product: Product) -> Tensor:
     """The layer's output at rows x, which `product` already holds for these rows."""
-    known: Tensor = _KnownLinear.apply(x, layer.weight, layer.bias, product.weight, product.output)
-    return known
+    output: Tensor = _Linear.apply(x.to(product.weight.dtype), layer.weight, layer.bias, product.weight, product.output)
+    return output
 
 
-class _KnownLinear(Function):
-    """x W^T + b whose value is given. The gradients are those of the product, computed in the precision of the value;
-    those of the parameters come in the parameters' own."""
+class _Linear(Function):
+    """x W^T + b, computed with a cast of W, or already known.
+
+    Gradients are those of the product, computed in the precision of the cast. Those of the parameters come in the
+    parameters' own precision, written by the product itself where the device can, and not cast afterwards.
+    """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, cast: Tensor, known: Tensor) -> Tensor:  # noqa: ARG004
-        return known.view_as(known)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, cast: Tensor, known: Tensor | None) -> Tensor:  # noqa: ARG004
+        if known is not None:
+            return known.view_as(known)
+        return F.linear(x, cast, None if bias is None else bias.to(cast.dtype))
 
     @staticmethod
     def setup_context(
         ctx: Any,
-        inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+        inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
         output: Tensor,  # noqa: ARG004
     ) -> None:
-        x, weight, bias, cast, known = inputs
-        ctx.save_for_backward(x.to(known.dtype), cast)
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        x, weight, bias, cast, _ = inputs
+        ctx.save_for_backward(x, cast)
+        ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -59,20 +72,18 @@ class _KnownLinear(Function):
         (gradient,) = gradients
         x, cast = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
+        gradient_KO, x_KI = gradient.flatten(0, -2), x.flatten(0, -2)
         return (
-            (gradient @ cast).to(ctx.x_dtype) if needs_x else None,
-            product_as(ctx.weight_dtype, rows.T, x.flatten(0, -2)) if needs_weight else None,
-            rows.sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
+            gradient @ cast if needs_x else None,
+            _product_as(ctx.weight_dtype, gradient_KO.T, x_KI) if needs_weight else None,
+            gradient_KO.sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
             None,
             None,
         )
 
 
-def product_as(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in a precision that may be higher than theirs; on CUDA written by the product itself, without a copy."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and dtype is torch.float32:
+def _product_as(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in a precision that may be higher than theirs."""
+    if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pylon_trainer.gating.recall import Product, multiply, recall
@@ -23,25 +22,59 @@ class Rows:
 
     rows_K: Tensor
     """Their places among the N tokens, distinct and rising."""
+    tokens_K: Tensor
+    """Their ids."""
+    places_K: Tensor
+    """Their places within their documents."""
     starts_K: Tensor | None
     """First place of its sequence that each may see; None is 0."""
     cos_KE: Tensor
     sin_KE: Tensor
+    sequences: int
+    tokens: int
+    """Of a sequence."""
     tiles: Tiles
 
     @classmethod
-    def of(cls, rows_K: Tensor, context: Context, sequences: int, tokens: int) -> Rows:
-        """Distinct, rising rows of a micro-batch of sequences x tokens."""
+    def of(cls, rows_K: Tensor, context: Context, tokens_BT: Tensor) -> Rows:
+        """Distinct, rising rows of a micro-batch."""
         starts_K = None if context.starts_BT is None else context.starts_BT.flatten()[rows_K]
-        # cos and sin are those of one sequence, or of all.
-        places_K = rows_K % tokens if context.cos.ndim == 2 else rows_K
+        sequences, tokens = tokens_BT.shape
+        in_context_K = rows_K % tokens if context.places.ndim == 1 else rows_K
         return cls(
             rows_K,
+            tokens_BT.flatten()[rows_K],
+            context.places.flatten()[in_context_K],
             starts_K,
-            context.cos.flatten(0, -2)[places_K],
-            context.sin.flatten(0, -2)[places_K],
+            context.cos.flatten(0, -2)[in_context_K],
+            context.sin.flatten(0, -2)[in_context_K],
+            sequences,
+            tokens,
             Tiles.of(rows_K, starts_K, sequences, tokens),
         )
+
+    def narrow(self, kept_R: Tensor) -> Rows:
+        """Some of them; kept_R: rising positions among the K."""
+        rows_R, starts_R = self.rows_K[kept_R], None if self.starts_K is None else self.starts_K[kept_R]
+        return Rows(
+            rows_R,
+            self.tokens_K[kept_R],
+            self.places_K[kept_R],
+            starts_R,
+            self.cos_KE[kept_R],
+            self.sin_KE[kept_R],
+            self.sequences,
+            self.tokens,
+            Tiles.of(rows_R, starts_R, self.sequences, self.tokens),
+        )
+
+    def sizes(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Its tensors, each with the dims whose size follows from the number of rows."""
+        each = [self.rows_K, self.tokens_K, self.places_K, self.cos_KE, self.sin_KE, self.tiles.slot_K]
+        if self.starts_K is not None:
+            each.append(self.starts_K)
+        tiles = self.tiles
+        return [*((x, (0,)) for x in each), (tiles.sequence_G, (0,)), (tiles.mask_G1CT, (0, 2))]
 
     def take(self, x_BTD: Tensor) -> Tensor:
         """The chosen rows, as one sequence: 1 x K x D."""
@@ -60,16 +93,14 @@ class KeepingContext(Context):
 
     @classmethod
     def like(cls, context: Context, precision: torch.dtype | None, keeps_products: bool) -> KeepingContext:
-        return cls(context.cos, context.sin, context.starts_BT, context.mask, precision, keeps_products)
+        return cls(context.places, context.cos, context.sin, context.starts_BT, context.mask, precision, keeps_products)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """As Context has it."""
-        weight = layer.weight if self.precision is None else layer.weight.to(self.precision)
-        bias = None if layer.bias is None else layer.bias.to(weight.dtype)
-        output = F.linear(x.to(weight.dtype), weight, bias)
+        product = multiply(layer, x, self.precision)
         if self.keeps_products:
-            self.products.append(Product(output, weight))
-        return output
+            self.products.append(product)
+        return product.output
 
     def attend(self, q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:
         """As Context has it."""
@@ -86,11 +117,11 @@ class RecallingContext(Context):
 
     @classmethod
     def like(cls, context: Context, precision: torch.dtype | None, products: list[Product]) -> RecallingContext:
-        return cls(context.cos, context.sin, context.starts_BT, context.mask, precision, products)
+        return cls(context.places, context.cos, context.sin, context.starts_BT, context.mask, precision, products)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """As Context has it."""
-        return recall(layer, x, self.products.pop(0)) if self.products else multiply(layer, x, self.precision)
+        return recall(layer, x, self.products.pop(0)) if self.products else multiply(layer, x, self.precision).output
 
 
 @dataclass(frozen=True)
@@ -103,12 +134,12 @@ class RowContext(RecallingContext):
     v_BJTE: Tensor
 
     @classmethod
-    def of(
+    def at(
         cls, rows: Rows, k_BJTE: Tensor, v_BJTE: Tensor, precision: torch.dtype | None, products: list[Product]
     ) -> RowContext:
         """products: those of all tokens; none are known if it is empty."""
         known = [Product(rows.take(output_BTD), weight) for output_BTD, weight in products]
-        return cls(rows.cos_KE, rows.sin_KE, rows.starts_K, None, precision, known, rows, k_BJTE, v_BJTE)
+        return cls(rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, k_BJTE, v_BJTE)
 
     def attend(self, q_1HKE: Tensor, k_1JKE: Tensor, v_1JKE: Tensor) -> Tensor:
         """1 x H x K x E. The rows' own keys and values take their places among the others, so that gradients reach

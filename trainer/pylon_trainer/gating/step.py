@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
-from pylon_trainer.gating.engine import build_engine, send_back
+from pylon_trainer.gating.engine import build_engine
 from pylon_trainer.gating.gate import Gate
+from pylon_trainer.gating.gradients import accumulate, send_back
 from pylon_trainer.gating.head import Head
 from pylon_trainer.gating.scores import SCORES
 from pylon_trainer.gating.scores import loss as losses
@@ -109,6 +110,6 @@ class GatedStep(PlainStep):
         losses_N, scores_N = self._head.judge(hidden_ND, labels_N, [losses, self._score])
         rows_K, weights_K = self._gate.choose(scores_N, labels_N != IGNORED, ratio)
         _, gradient_KD = self._head.backward(hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens)
-        back(rows_K, gradient_KD)
+        back(rows_K, gradient_KD, accumulate)
         tokens = (labels_N != IGNORED).sum()
         return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)))

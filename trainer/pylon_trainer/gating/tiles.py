@@ -34,7 +34,7 @@ class Tiles:
 
     @classmethod
     def of(cls, rows_K: Tensor, starts_K: Tensor | None, sequences: int, tokens: int) -> Tiles:
-        """The layout of distinct, rising rows of sequences x tokens, which see from starts_K (None: 0) to themselves."""
+        """The layout of distinct, rising rows of sequences x tokens; each sees from starts_K (None: 0) to itself."""
         sequence_K, place_K = rows_K // tokens, rows_K % tokens
         chosen, device = len(rows_K), rows_K.device
         height = max(1, -(-chosen // (TILES_PER_SEQUENCE * sequences)))

@@ -31,8 +31,10 @@ class Linear(Protocol):
 class Context:
     """The plain one: all tokens, each looking back. Computed once per forward pass."""
 
+    places: Tensor
+    """T, or B x T when positions start again within a sequence: the place of each token in its document."""
     cos: Tensor
-    """T x E/2, or B x 1 x T x E/2 when positions start again within a sequence."""
+    """T x E/2, or B x 1 x T x E/2, as places."""
     sin: Tensor
     """As cos."""
     starts_BT: Tensor | None
@@ -41,9 +43,9 @@ class Context:
     """B x 1 x T x T, True where a query may look; None without starts_BT, from which it is derived."""
 
     @classmethod
-    def of(cls, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None) -> Context:
-        """The context of these positions and first places."""
-        return cls(cos, sin, starts_BT, None if starts_BT is None else _mask(starts_BT))
+    def of(cls, places: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None) -> Context:
+        """The context of these positions and first visible places."""
+        return cls(places, cos, sin, starts_BT, None if starts_BT is None else _mask(starts_BT))
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """The product of a layer."""

@@ -10,6 +10,8 @@ of the MLP, V vocabulary, R rank of factorised embeddings; a tensor's name ends 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +51,8 @@ class Transformer(nn.Module):
         width = spec.embedding_rank or spec.hidden_size
         self.embedding = nn.Embedding(vocab_size, width)
         self.embedding_projection = _linear(width, spec.hidden_size) if spec.embedding_rank else None
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        # A ModuleList does not say what is in it.
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(spec) for _ in range(spec.layers)))
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         tied = spec.tie_embeddings
         self.output_projection = None if tied or not spec.embedding_rank else _linear(spec.hidden_size, width)
@@ -62,15 +65,15 @@ class Transformer(nn.Module):
         documents_BT: number of the document of each token, rising along a sequence; given, a token sees only its own
         document and positions start again with each.
         """
-        x_BTD = self.embed(tokens_BT)
         context = self.context(tokens_BT, documents_BT)
+        x_BTD = self.embed(tokens_BT, context.places)
         for block in self.blocks:
             x_BTD = block(x_BTD, context)
         normed_BTD: Tensor = self.norm(x_BTD)
         return normed_BTD
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What enters the first block: ... x D of ids of any shape."""
+    def embed(self, tokens: Tensor, places: Tensor) -> Tensor:  # noqa: ARG002  attention alone knows of places here
+        """What enters the first block: ... x D of ids of any shape, at places of their documents."""
         x: Tensor = self.embedding(tokens)
         if self.embedding_projection is not None:
             # The residual stream keeps the weights' precision, under autocast too.
@@ -110,10 +113,11 @@ class Transformer(nn.Module):
         places_T = torch.arange(tokens_BT.shape[1], device=device)
         if documents_BT is None:
             angles = places_T[:, None] * frequencies
-            return Context.of(angles.cos(), angles.sin())
+            return Context.of(places_T, angles.cos(), angles.sin())
         starts_BT = torch.searchsorted(documents_BT, documents_BT)  # the first place of each token's own document
-        angles_BTE = (places_T - starts_BT)[..., None] * frequencies
-        return Context.of(angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT)
+        places_BT = places_T - starts_BT
+        angles_BTE = places_BT[..., None] * frequencies
+        return Context.of(places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT)
 
     def _initialise(self) -> None:
         """Normal matrices; those that write to the residual stream shrink with depth (GPT-2, section 2.3), and a
