@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,10 +17,10 @@ from pylon_api.training import GatingSelection
 from pylon_trainer.cggr.counter import CountingModule
 from pylon_trainer.cggr.metrics import Metrics
 from pylon_trainer.cggr.options import gating_of
-from pylon_trainer.gating.gate import Gate
-from pylon_trainer.gating.ratio import PLAIN, rows_of
-from pylon_trainer.gating.scores import score_of
-from pylon_trainer.gating.selection import Selection, select
+from pylon_trainer.gating.gate import Gate, build_gate
+from pylon_trainer.gating.ratio import PLAIN
+from pylon_trainer.gating.scores import judge
+from pylon_trainer.gating.selection import Selection, all_rows
 from pylon_trainer.kernels import head
 from pylon_trainer.kernels.score import Scores, score
 from pylon_trainer.step import IGNORED
@@ -113,7 +110,7 @@ class CGGRLoss(CountingModule):
             return all_rows(labelled_BT), PLAIN
         if self._gate is None:
             self._gate = build_gate(self._gating, self._seed, labelled_BT.device)
-        gate, scores_N = self._gate, score_of(self._gating.strategy, scores)
+        gate, scores_N = self._gate, judge(self._gating.strategy, scores)
         ratio = gate.begin(self._steps)
         gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
         if ratio == PLAIN:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -42,5 +43,6 @@ class _Detour(Function):
             known = collected.get(parameter)
             collected[parameter] = gradient if known is None else known.add_(gradient)
 
-        ctx.back(gradient, sink)
+        with torch.enable_grad():  # autograd switches it off on its own way
+            ctx.back(gradient, sink)
         return None, None, *(collected.get(parameter) for parameter in ctx.parameters)

@@ -25,7 +25,9 @@ from pylon_trainer.gating.engine import Engine, build_engine
 from pylon_trainer.gating.gate import Gate
 from pylon_trainer.gating.gradients import Sink
 from pylon_trainer.gating.head import Head
-from pylon_trainer.gating.scores import SCORES
+from pylon_trainer.gating.ratio import PLAIN
+from pylon_trainer.gating.scores import judge
+from pylon_trainer.gating.selection import Selection, all_rows
 from pylon_trainer.huggingface.detour import detour
 from pylon_trainer.huggingface.families import check, family_of, layers_of, window_of
 from pylon_trainer.huggingface.request import Request, read
@@ -68,11 +70,16 @@ class GatedModel:
         self._precision: torch.dtype | None = None
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._gate = Gate(gating, seed=seed, rank=rank, device=model.device)
-        self._head = Head(self._trunk, self._autocast)
 
     def report(self) -> GateReport:
         """What the gate does, and why."""
         return self._gate.report()
+
+    def figures(self) -> dict[str, float]:
+        """The report's numbers as a trainer logs them."""
+        report = self.report()
+        figures = {"gate_ratio": report.ratio, "gate_retained_mass": report.retained_mass}
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
     @torch.compiler.disable
     def forward(self, *positional: Any, **named: Any) -> Any:
@@ -83,7 +90,7 @@ class GatedModel:
         if not (self.is_enabled and has_labels and self._model.training and torch.is_grad_enabled()):
             return self._usual(*positional, **named)
         ratio = self._gate.begin(self.step)
-        if ratio == 1 and not self._gate.observes:
+        if ratio == PLAIN and not self._gate.needs_scores:
             return self._usual(*positional, **named)
         request = read(arguments, self._window)
         output = self._answer(request, ratio)
@@ -109,30 +116,32 @@ class GatedModel:
         self._trunk.place(request.positions_BT, request.starts_BT)
         hidden_ND, back = self._engine().forward(request.batch)
         labels_N = request.batch.labels_BT.flatten()
-        scores = self._head.score(hidden_ND, labels_N)
-        scores_N = SCORES[self._gating.strategy](scores)
-        if self._gate.observes:
-            self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
-        else:
-            self._gate.count_nonfinite(scores.nonfinite_rows)
-        rows_K, weights_K, tiers = self._gate.choose(scores_N, labelled_BT, ratio)
+        head = Head(self._trunk, self._precision)
+        scores = head.score(hidden_ND, labels_N)
+        rows_K, weights_K = self._choose(scores, labelled_BT, ratio)
 
         def way_back(gradient_N: Tensor, sink: Sink) -> None:
-            # The rows' gradients already hold what the loss was divided or multiplied by.
-            _, gradient_KD = self._head.backward(
-                hidden_ND[rows_K], labels_N[rows_K], weights_K * gradient_N[rows_K], 1, sink, scores.logsumexp_N[rows_K]
-            )
-            back(rows_K, gradient_KD, sink, tiers)
+            # What the loss was divided or multiplied by is in the gradient.
+            weighted_K = weights_K * gradient_N[rows_K]
+            result = head.backward(hidden_ND[rows_K], labels_N[rows_K], weighted_K, 1, sink, scores.take(rows_K))
+            back(rows_K, result.gradient_KD, sink)
 
         wanted = [parameter for parameter in self._trunk.parameters() if parameter.requires_grad]
         return detour(scores.loss_N, way_back, wanted), scores
 
+    def _choose(self, scores: Scores, labelled_BT: Tensor, ratio: float) -> Selection:
+        scores_N = judge(self._gating.strategy, scores)
+        self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
+        if ratio == PLAIN:
+            return all_rows(labelled_BT)
+        return self._gate.choose(scores_N, labelled_BT, ratio)
+
     def _engine(self) -> Engine:
         """Of two, as a trainer may switch the checkpointing of activations on at any time."""
-        recomputes = bool(self._model.is_gradient_checkpointing)
+        recomputes = self._trunk.is_checkpointing
         if recomputes not in self._engines:
             kept = self._gating.model_copy(update={"row_activations": RowActivations.RECOMPUTE} if recomputes else {})
-            self._engines[recomputes] = build_engine(self._trunk, kept, self._autocast)
+            self._engines[recomputes] = build_engine(self._trunk, kept, self._autocast, compile_backend=None)
         return self._engines[recomputes]
 
     def _autocast(self) -> torch.autocast:

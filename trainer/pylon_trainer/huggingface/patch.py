@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from pylon_api.manifest import describe
-from pylon_api.training import GatingEngine, GatingSpec, GatingStrategy, KvGradient
+from pylon_api.training import GatingEngine, GatingGranularity, GatingSpec, GatingStrategy, KvGradient
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.huggingface.gated import GatedModel
 
@@ -99,6 +99,10 @@ def _spec(options: Mapping[str, Any]) -> GatingSpec:
         spec = GatingSpec.model_validate(defaults | options)
     except ValidationError as error:
         raise ConfigError("; ".join(describe(error))) from error
+    if spec.strategy is GatingStrategy.OFF:
+        raise ConfigError("strategy: Disabled gates nothing; call disable() instead")
+    if spec.granularity is GatingGranularity.SEQUENCE:
+        raise ConfigError("granularity: Sequence is what pylon_trainer.cggr.CGGRModel does; use Token here")
     if spec.kv_gradient is KvGradient.DENSE:
         raise ConfigError("kv_gradient: Dense needs blocks that give keys and values alone; use Truncated")
     return spec

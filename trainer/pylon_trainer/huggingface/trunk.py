@@ -70,6 +70,11 @@ class HuggingFaceTrunk:
         weight: Tensor = self._model.get_output_embeddings().weight
         return weight
 
+    @property
+    def is_checkpointing(self) -> bool:
+        """Whether the model was told to hold little and compute twice."""
+        return any(block.is_checkpointing for block in self.blocks)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """All of the model's."""
         parameters: Iterator[nn.Parameter] = self._model.parameters()
@@ -87,6 +92,11 @@ class HuggingFaceBlock:
         self._linears = [
             module for module in layer.modules() if type(module) in _PRODUCTS and "forward" not in vars(module)
         ]
+
+    @property
+    def is_checkpointing(self) -> bool:
+        """Whether the layer would run under activation checkpointing by itself."""
+        return bool(getattr(self._layer, "gradient_checkpointing", False))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The layer's."""
@@ -107,7 +117,7 @@ class HuggingFaceBlock:
     @contextmanager
     def _led(self, context: Context) -> Iterator[None]:
         usual_attention = self._config._attn_implementation
-        usual_checkpointing = getattr(self._layer, "gradient_checkpointing", False)
+        usual_checkpointing = self.is_checkpointing
         self._config._attn_implementation = attention.NAME
         self._layer.gradient_checkpointing = False  # type: ignore[assignment]  # the engine's own business
         for linear in self._linears:
