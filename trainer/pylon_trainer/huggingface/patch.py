@@ -52,7 +52,8 @@ def enable(model_or_trainer: Any, *, seed: int = 0, **options: Any) -> GatedMode
     hook = register_optimizer_step_post_hook(functools.partial(_count, gated, model))
     setattr(model, _PLACE, (gated, hook, forward, previous))
     if trainer is not None:
-        trainer.add_callback(_Follow(gated))
+        # First, so that those who report what is logged see its figures.
+        trainer.callback_handler.callbacks.insert(0, _Follow(gated))
     return gated
 
 
@@ -85,6 +86,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
         if logs is not None and "loss" in logs:
             logs |= self._gated.figures()
+            state.log_history[-1] |= self._gated.figures()
 
 
 def _inner(model_or_trainer: Any) -> Any:

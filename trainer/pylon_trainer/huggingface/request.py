@@ -25,6 +25,7 @@ _HARMLESS = {
     "fused_lm_head",  # TRL's, read by the caller
     "cu_seq_lens_q",  # the same as position_ids say
     "cu_seq_lens_k",
+    "seq_idx",
     "max_length_q",
     "max_length_k",
 }
@@ -62,10 +63,10 @@ def read(arguments: Mapping[str, Any], window: int | None) -> Request:
         raise ConfigError(f"{refused[0]}: a gated step cannot honour it; leave it out or call disable() first")
     if shifted_BT is None:
         shifted_BT = F.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
+    starts_BT = first_places(tokens_BT, mask_BT, positions_BT, window)
     if mask_BT is not None:
         # Padding before a sequence has no context to predict its first token from.
         shifted_BT = shifted_BT.masked_fill(mask_BT == 0, IGNORED)
-    starts_BT = first_places(tokens_BT, mask_BT, positions_BT, window)
     if positions_BT is None:
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
     return Request(Batch(tokens_BT, shifted_BT.to(tokens_BT.device)), positions_BT, starts_BT, items)
