@@ -85,7 +85,7 @@ class CGGRLoss(CountingModule):
         rows_NX, labels_N = logits.flatten(0, -2), labels_BT.flatten()
         scores = self._score(rows_NX.detach(), labels_N, head_weight)
         selection, ratio = self._choose(scores, labels_BT != IGNORED)
-        self._metrics = Metrics(self._steps, ratio, selection.rows_K, labels_N, scores)
+        self._metrics = Metrics(self._steps, ratio, (labels_N != IGNORED)[selection.rows_K], labels_N, scores)
         weighted_sum = self._weighted_sum(rows_NX, labels_N, selection, head_weight, scores)
         is_biased = self._gating.selection is GatingSelection.TOP
         divisor = selection.weights_K.sum() if is_biased else (labels_N != IGNORED).sum()

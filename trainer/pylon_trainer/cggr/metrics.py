@@ -17,21 +17,22 @@ class Metrics:
 
     step: int
     ratio: float
-    rows_K: Tensor
+    selected: Tensor
+    """bool N or 0-d count: labelled tokens that carry loss."""
     labels_N: Tensor
     scores: Scores
+    """Of the tokens that were scored."""
 
     def read(self) -> dict[str, Any]:
-        """Plain numbers, the means over labelled tokens. Waits for the device."""
-        labelled_N = self.labels_N != IGNORED
-        count = max(1, int(labelled_N.sum()))
-        entropy = float(self.scores.entropy_N.sum()) / count
-        confidence = float(self.scores.confidence_N.sum()) / count
+        """Plain numbers, the means over scored tokens. Waits for the device."""
+        scored = max(1, int((self.scores.confidence_N > 0).sum()))
+        entropy = float(self.scores.entropy_N.sum()) / scored
+        confidence = float(self.scores.confidence_N.sum()) / scored
         return {
             "step": self.step,
             "token_ratio": self.ratio,
-            "tokens_selected": int(labelled_N[self.rows_K].sum()),
-            "tokens_total": len(self.labels_N),
+            "tokens_selected": int(self.selected.sum()),
+            "tokens_total": int((self.labels_N != IGNORED).sum()),
             "avg_confidence": confidence,
             "avg_entropy": entropy,
             "avg_difficulty": entropy - confidence,

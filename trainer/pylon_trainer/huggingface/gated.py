@@ -15,23 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pylon_api.run import GateReport
-from pylon_api.training import GatingSpec, RowActivations
-from pylon_trainer.gating.engine import Engine, build_engine
-from pylon_trainer.gating.gate import Gate
+from pylon_api.training import GatingSpec
+from pylon_trainer.gating.gate import build_gate
 from pylon_trainer.gating.gradients import Sink
 from pylon_trainer.gating.head import Head
 from pylon_trainer.gating.ratio import PLAIN
 from pylon_trainer.gating.scores import judge
 from pylon_trainer.gating.selection import Selection, all_rows
 from pylon_trainer.huggingface.detour import detour
-from pylon_trainer.huggingface.families import check, family_of, layers_of, window_of
+from pylon_trainer.huggingface.engine import ModelEngine
+from pylon_trainer.huggingface.families import check
 from pylon_trainer.huggingface.request import Request, read
-from pylon_trainer.huggingface.trunk import HuggingFaceTrunk
 from pylon_trainer.kernels.score import Scores
 from pylon_trainer.step import IGNORED
 
@@ -60,16 +58,14 @@ class GatedModel:
         self.calls = 0
         """Calls of `forward`: none while training tells that another forward has taken its place."""
         self.is_enabled = True
+        self.last: tuple[Scores, Selection] | None = None
+        """What the last forward pass saw and chose; None when it was the model's own."""
         self._model = model
         self._gating = gating
         self._usual = model.forward
         self._argument_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-        self._window = window_of(layers_of(model, family_of(model))[0])
-        self._trunk = HuggingFaceTrunk(model)
-        self._engines: dict[bool, Engine] = {}
-        self._precision: torch.dtype | None = None
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._gate = Gate(gating, seed=seed, rank=rank, device=model.device)
+        self._engine = ModelEngine(model, gating)
+        self._gate = build_gate(gating, seed, model.device)
 
     def report(self) -> GateReport:
         """What the gate does, and why."""
@@ -85,6 +81,7 @@ class GatedModel:
     def forward(self, *positional: Any, **named: Any) -> Any:
         """What the model's own forward gives, with its gradient spent on the rows that the gate chooses."""
         self.calls += 1
+        self.last = None
         arguments = dict(zip(self._argument_names, positional, strict=False)) | named
         has_labels = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
         if not (self.is_enabled and has_labels and self._model.training and torch.is_grad_enabled()):
@@ -92,7 +89,7 @@ class GatedModel:
         ratio = self._gate.begin(self.step)
         if ratio == PLAIN and not self._gate.needs_scores:
             return self._usual(*positional, **named)
-        request = read(arguments, self._window)
+        request = read(arguments, self._engine.trunk.window)
         output = self._answer(request, ratio)
         return output.to_tuple() if arguments.get("return_dict") is False else output
 
@@ -111,14 +108,13 @@ class GatedModel:
 
     def _losses(self, request: Request, labelled_BT: Tensor, ratio: float) -> tuple[Tensor, Scores]:
         """Losses of all tokens, whose gradients come from the rows that the gate chooses."""
-        device = labelled_BT.device.type
-        self._precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self._trunk.place(request.positions_BT, request.starts_BT)
-        hidden_ND, back = self._engine().forward(request.batch)
+        hidden_ND, back = self._engine.forward(request)
         labels_N = request.batch.labels_BT.flatten()
-        head = Head(self._trunk, self._precision)
+        head = Head(self._engine.trunk, self._engine.precision)
         scores = head.score(hidden_ND, labels_N)
-        rows_K, weights_K = self._choose(scores, labelled_BT, ratio)
+        selection = self._choose(scores, labelled_BT, ratio)
+        rows_K, weights_K = selection.rows_K, selection.weights_K
+        self.last = scores, selection
 
         def way_back(gradient_N: Tensor, sink: Sink) -> None:
             # What the loss was divided or multiplied by is in the gradient.
@@ -126,8 +122,7 @@ class GatedModel:
             result = head.backward(hidden_ND[rows_K], labels_N[rows_K], weighted_K, 1, sink, scores.take(rows_K))
             back(rows_K, result.gradient_KD, sink)
 
-        wanted = [parameter for parameter in self._trunk.parameters() if parameter.requires_grad]
-        return detour(scores.loss_N, way_back, wanted), scores
+        return detour(scores.loss_N, way_back, self._engine.trainable()), scores
 
     def _choose(self, scores: Scores, labelled_BT: Tensor, ratio: float) -> Selection:
         scores_N = judge(self._gating.strategy, scores)
@@ -135,19 +130,3 @@ class GatedModel:
         if ratio == PLAIN:
             return all_rows(labelled_BT)
         return self._gate.choose(scores_N, labelled_BT, ratio)
-
-    def _engine(self) -> Engine:
-        """Of two, as a trainer may switch the checkpointing of activations on at any time."""
-        recomputes = self._trunk.is_checkpointing
-        if recomputes not in self._engines:
-            kept = self._gating.model_copy(update={"row_activations": RowActivations.RECOMPUTE} if recomputes else {})
-            self._engines[recomputes] = build_engine(self._trunk, kept, self._autocast, compile_backend=None)
-        return self._engines[recomputes]
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self._model.device.type,
-            dtype=self._precision,
-            enabled=self._precision is not None,
-            cache_enabled=False,
-        )

@@ -33,10 +33,10 @@ _HARMLESS = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call for a loss."""
+    """One call of a model."""
 
     batch: Batch
-    """Tokens, and labels that are already shifted."""
+    """Tokens, and labels that are already shifted; all IGNORED where there are none."""
     positions_BT: Tensor
     """int64, or 1 x T when all sequences have the same."""
     starts_BT: Tensor | None
@@ -51,7 +51,7 @@ def read(arguments: Mapping[str, Any], window: int | None) -> Request:
     tokens_BT = given.pop("input_ids", None)
     if tokens_BT is None:
         raise ConfigError("input_ids: a gated step needs token ids; do not pass inputs_embeds instead")
-    labels_BT = given.pop("labels")
+    labels_BT = given.pop("labels", None)
     shifted_BT = given.pop("shift_labels", None)
     items = given.pop("num_items_in_batch", None)
     mask_BT = given.pop("attention_mask", None)
@@ -62,6 +62,7 @@ def read(arguments: Mapping[str, Any], window: int | None) -> Request:
     if refused:
         raise ConfigError(f"{refused[0]}: a gated step cannot honour it; leave it out or call disable() first")
     if shifted_BT is None:
+        labels_BT = torch.full_like(tokens_BT, IGNORED) if labels_BT is None else labels_BT
         shifted_BT = F.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
     starts_BT = first_places(tokens_BT, mask_BT, positions_BT, window)
     if mask_BT is not None:

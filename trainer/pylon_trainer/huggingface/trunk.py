@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pylon_trainer.huggingface import attention
-from pylon_trainer.huggingface.families import family_of, layers_of
+from pylon_trainer.huggingface.families import family_of, layers_of, window_of
 from pylon_trainer.models.context import Context, Linear
 
 
@@ -69,6 +69,11 @@ class HuggingFaceTrunk:
         """V x D."""
         weight: Tensor = self._model.get_output_embeddings().weight
         return weight
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a token sees at most, itself included, the same in all layers."""
+        return window_of(layers_of(self._model, self._family)[0])
 
     @property
     def is_checkpointing(self) -> bool:
