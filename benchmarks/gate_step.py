@@ -113,6 +113,7 @@ def measure(shape: str, device: str, compiles: bool) -> list[dict[str, Any]]:
         gatings.append(
             {
                 "strategy": "GradientNorm",
+                "ratio_control": "Fixed",
                 "token_ratio": ratio,
                 "engine": engine,
                 "kv_gradient": kv_gradient,

@@ -80,6 +80,7 @@ def printer_columns() -> list[dict[str, Any]]:
         ("Step", "integer", ".status.training.step"),
         ("Loss", "number", ".status.training.loss"),
         ("Tokens/s", "integer", ".status.training.tokensPerSecond"),  # an integer column drops the fraction
+        ("Gate", "string", ".status.gate"),
         ("Checkpoint", "integer", ".status.checkpoint.step"),
         ("Restarts", "integer", ".status.restarts"),
         ("Age", "date", ".metadata.creationTimestamp"),

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from pylon_api import names
 from pylon_api.base import Report, Spec, rule, rules
-from pylon_api.run import CheckpointReport
+from pylon_api.run import CheckpointReport, GateReport
 from pylon_api.training import TrainingSpec
 
 PodTemplate = Annotated[
@@ -221,10 +221,12 @@ class TrainingProgress(Report):
     """Held-out loss, nats per token."""
     tokens_per_second: float | None = None
     """Tokens per second over all ranks."""
-    token_ratio: float | None = None
-    """Share of tokens that carried gradient."""
+    gate: GateReport | None = None
+    """What the gate is doing; unset without gating."""
     bytes_per_step: int | None = None
     """Bytes that one rank exchanged per step, the larger of sent and received."""
+    skipped_steps: int = 0
+    """Steps of this attempt whose update was left out because loss or gradients were not finite."""
     notices: list[str] = Field(default=[], max_length=20)
     """What a person should know, for example a damaged checkpoint that was passed over; newest last."""
     sample: str | None = None
@@ -286,6 +288,9 @@ class PylonJobStatus(Report):
     """Ready pods of all pods, as n/m."""
     pods_ready: int = Field(default=0, ge=0)
     """Ready pods."""
+    gate: str = ""
+    """Share of tokens that carries gradient, or `plain` while all do, for people; training.gate says more. Empty
+    without gating."""
     start_time: datetime | None = None
     """When the operator first took the job up."""
     completion_time: datetime | None = None

@@ -69,6 +69,57 @@ class TrainerPhase(enum.StrEnum):
     FINISHED = "Finished"
 
 
+class GateDecision(enum.StrEnum):
+    GATED = "Gated"
+    PLAIN = "Plain"
+
+
+class GateReport(Report):
+    """What confidence-gated gradient routing is doing, over all ranks. The trainer renews it once per log interval."""
+
+    decision: GateDecision
+    """Gated: a share of the tokens carries gradient. Plain: all do, because leaving some out would not pay now."""
+    reason: str = ""
+    """Why, in words: the figures that decided."""
+    ratio: float = Field(ge=0, le=1)
+    """Share of tokens that carries gradient now; 1 in a plain step."""
+    retained_mass: float | None = None
+    """Share of all tokens' gradient norm that the `ratio` hardest of them hold; unset until measured."""
+    effective_token_share: float | None = None
+    """How many plain tokens one token of a gated batch is worth for the gradient's variance: sum g^2 / sum (g^2 / p),
+    with g a token's gradient norm and p the probability that it is chosen; 1 in a plain step. Unset until measured."""
+    saved_flops_ratio: float = 0
+    """Share of a plain step's floating-point operations that a step now spares, by the engine's cost model; 0 in a
+    plain step."""
+    nonfinite_steps: int = 0
+    """Steps of this attempt with logits that were infinite or not a number; no update came from them."""
+
+    @property
+    def summary(self) -> str:
+        """The ratio, or `plain`: what fits a column."""
+        return "plain" if self.decision is GateDecision.PLAIN else f"{self.ratio:.2f}"
+
+
+class Histogram(Report):
+    """How many tokens fell into each bin since the attempt began."""
+
+    bounds: list[float] = Field(max_length=32)
+    """Upper bounds of the bins, rising, each part of its bin; the first bin is all that is at most the first bound."""
+    counts: list[int] = Field(max_length=33)
+    """Tokens in each bin, and last those above every bound."""
+    sum: float
+    """Sum of all values."""
+
+
+class DifficultyReport(Report):
+    """How hard the tokens that were scored were for the model: all tokens of gated steps, and of some plain ones."""
+
+    gradient_norm: Histogram
+    """|softmax - onehot| of a token's logits, 0 to the square root of 2."""
+    entropy: Histogram
+    """Entropy of a token's prediction, nats."""
+
+
 class TrainerStatus(Report):
     """Rank 0's answer to `GET /status`."""
 
@@ -90,12 +141,14 @@ class TrainerStatus(Report):
     """Held-out loss, nats per token."""
     tokens_per_second: float | None = None
     """Tokens per second over all ranks, last log interval."""
-    token_ratio: float | None = None
-    """Share of tokens that carried gradient in the last log interval; unset without gating."""
+    gate: GateReport | None = None
+    """What the gate is doing; unset without gating."""
+    difficulty: DifficultyReport | None = None
+    """How hard the tokens were; unset without gating."""
     bytes_per_step: int | None = None
     """Bytes that one rank exchanged per step, the larger of sent and received."""
     skipped_steps: int = 0
-    """Steps of this attempt whose update was left out because gradients were not finite."""
+    """Steps of this attempt whose update was left out because loss or gradients were not finite."""
     step_seconds: float | None = None
     """Median seconds per step over the last log interval."""
     checkpoint: CheckpointReport | None = None

@@ -318,13 +318,16 @@ class GatingSpec(Spec):
     """SinglePass only: gradient that chosen tokens send to the keys and values of the others. Truncated: ends there.
     Dense: reaches the block's key and value weights, at the cost of their whole backward pass, and ends below."""
     row_activations: RowActivations = RowActivations.KEEP
-    """SinglePass only: what the backward pass starts from. Keep: outputs of every linear layer, in as much memory as
-    the plain step's. Recompute: a hidden state, keys and values per block; the chosen tokens' forward runs again."""
+    """SinglePass: what the backward pass starts from. Keep: outputs of every linear layer, in as much memory as the
+    plain step's. Recompute: a hidden state, keys and values per block; the chosen tokens' forward runs again. TwoPass:
+    of the chosen tokens alone."""
     depth_buckets: int = Field(default=1, ge=1, le=4)
-    """SinglePass only: tiers that the chosen tokens are cut into by score. The gradient of the first goes through all
-    blocks, that of the others ends higher up: with 4 tiers after 100, 75, 50 and 25 percent. 1 switches it off."""
+    """SinglePass and TwoPass: tiers that the chosen tokens are cut into by score. The gradient of the first goes back
+    over all blocks, that of the others ends higher up: with 4 tiers after 100, 75, 50 and 25 percent of them. The
+    warm-up opens one tier after the other. 1 switches it off."""
     leak_rate: Fraction = 0.0
-    """With depthBuckets above 1: share of each lower tier that goes through all blocks all the same; 0 is none."""
+    """With depthBuckets above 1: share of the tokens that would leave at some block which are drawn to go on all the
+    same, weighted by its inverse, so that the gradient below stays unbiased; 0 is none, and biased."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -342,8 +345,12 @@ class GatingSpec(Spec):
                 "finalTokenRatio needs ratioControl Fixed: GradientMass finds its own way down",
             ),
             rule(
-                "self.depthBuckets == 1 || self.engine == 'SinglePass'",
-                "depthBuckets above 1 needs engine SinglePass",
+                "self.depthBuckets == 1 || self.engine != 'HeadOnly'",
+                "depthBuckets above 1 needs engine SinglePass or TwoPass",
+            ),
+            rule(
+                "self.kvGradient == 'Truncated' || self.engine != 'TwoPass'",
+                "kvGradient Dense does not go with engine TwoPass: use SinglePass",
             ),
             rule("self.leakRate == 0.0 || self.depthBuckets > 1", "leakRate needs depthBuckets above 1"),
             rule(
@@ -377,8 +384,10 @@ class GatingSpec(Spec):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.depth_buckets > 1 and self.engine is not GatingEngine.SINGLE_PASS:
-            raise ValueError(f"depthBuckets above 1 needs engine SinglePass, not {self.engine}")
+        if self.depth_buckets > 1 and self.engine is GatingEngine.HEAD_ONLY:
+            raise ValueError("depthBuckets above 1 needs engine SinglePass or TwoPass, not HeadOnly")
+        if self.kv_gradient is KvGradient.DENSE and self.engine is GatingEngine.TWO_PASS:
+            raise ValueError("kvGradient Dense does not go with engine TwoPass: use SinglePass")
         if self.leak_rate > 0 and self.depth_buckets == 1:
             raise ValueError("leakRate needs depthBuckets above 1")
         if self.granularity is GatingGranularity.SEQUENCE:

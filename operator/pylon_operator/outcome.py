@@ -69,6 +69,7 @@ def conclude(s: Situation, outcome: Outcome) -> Decision:
         "phase": phase(after),
         "pods_ready": ready,
         "ready": f"{ready}/{nodes}",
+        "gate": training.gate.summary if (training := outcome.status.training) and training.gate else "",
     }
     status = outcome.status.model_copy(update=derived)
     events = (*transitions(before, after), *_notices(s.job.status.training, status.training))

@@ -129,8 +129,8 @@ def _read_progress(job: PylonJob, trainer: TrainerStatus | None, pods: tuple[Pod
     speaking = [r for r in reports if r.phase not in (TrainerPhase.STARTING, TrainerPhase.RESTORING)]
     if speaking:
         newest = max(speaking, key=lambda report: (report.attempt, report.step))
-        progress = {field: _shown(getattr(newest, field)) for field in TrainingProgress.model_fields}
-        status = status.model_copy(update={"training": TrainingProgress(**progress)})
+        progress = _shown(newest.model_dump(include=set(TrainingProgress.model_fields)))
+        status = status.model_copy(update={"training": TrainingProgress.model_validate(progress)})
     known = [status.checkpoint, *(report.checkpoint for report in reports)]
     committed = [checkpoint for checkpoint in known if checkpoint]
     if committed:
@@ -147,6 +147,8 @@ def _shown(value: Any) -> Any:
             return value[:MAX_TEXT_LENGTH]
         case list():
             return [_shown(item) for item in value]
+        case dict():
+            return {field: _shown(part) for field, part in value.items()}
     return value
 
 

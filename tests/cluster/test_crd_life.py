@@ -40,6 +40,7 @@ def test_columns_select_the_condition_by_type(control_plane: Cluster, namespace:
     status = {
         "ready": "2/2",
         "restarts": 1,
+        "gate": "0.50",
         "training": {"step": 120, "loss": 2.125, "tokensPerSecond": 5120.7},
         "checkpoint": {"step": 100, "uri": "./runs"},
         "conditions": [
@@ -53,9 +54,11 @@ def test_columns_select_the_condition_by_type(control_plane: Cluster, namespace:
     )  # fmt: skip
     header, row = control_plane.kubectl("get", "pj", "--namespace", namespace).splitlines()
     assert header.split() == [
-        "NAME", "SUCCEEDED", "REASON", "READY", "STEP", "LOSS", "TOKENS/S", "CHECKPOINT", "RESTARTS", "AGE",
+        "NAME", "SUCCEEDED", "REASON", "READY", "STEP", "LOSS", "TOKENS/S", "GATE", "CHECKPOINT", "RESTARTS", "AGE",
     ]  # fmt: skip
-    assert row.split()[:-1] == ["quickstart", "Unknown", "InProgress", "2/2", "120", "2.125", "5120", "100", "1"]
+    assert row.split()[:-1] == [
+        "quickstart", "Unknown", "InProgress", "2/2", "120", "2.125", "5120", "0.50", "100", "1",
+    ]  # fmt: skip
 
 
 def test_category_lists_jobs(control_plane: Cluster, namespace: str) -> None:
@@ -80,6 +83,7 @@ def test_spec_cannot_be_changed_through_status(api: BlockingApi, namespace: str)
         ("spec.failurePolicy.backoffSeconds", "in seconds"),
         ("spec.training.gating.strategy", "GradientNorm"),
         ("status.training.loss", "nats per token"),
+        ("status.training.gate.savedFlopsRatio", "plain step's floating-point operations"),
     ],
 )
 def test_explain_prints_meaning_and_unit(control_plane: Cluster, field: str, said: str) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from pylon_api.run import DifficultyReport, GateDecision, GateReport, Histogram, TrainerStatus
 from pylon_operator import permissions
 from pylon_operator.commands.operator import command as operator_command
+from pylon_trainer.metrics import StatusCollector
+from pylon_trainer.status import Board
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "pylon"
@@ -34,6 +37,7 @@ VALUES: list[dict[str, Any]] = [
         "affinity": {"nodeAffinity": {}},
         "serviceAccount": {"annotations": {"a": "b"}},
         "metrics": {"service": {"annotations": {"a": "b"}}},
+        "dashboards": {"enabled": True, "labels": {"a": "b"}},
     },
     {
         "serviceAccount": {"create": False},
@@ -181,6 +185,22 @@ def test_wrong_value_is_named(render: Render, values: dict[str, Any], said: str)
     helm = pytest.importorskip("helm_python", reason="Helm's engine is packaged for Linux only")
     with pytest.raises(helm.HelmValuesError, match=said):
         render(**values)
+
+
+def test_dashboards_ask_for_metrics_that_a_trainer_serves(render: Render) -> None:
+    (config,) = of_kind(render(dashboards={"enabled": True}), "ConfigMap")
+    assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+    dashboard = json.loads(config["data"]["training.json"])
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    asked = {name for query in queries for name in re.findall(r"pylon_trainer_\w+", query)}
+    gate = GateReport(decision=GateDecision.GATED, ratio=0.5, retained_mass=0.9, effective_token_share=0.8)
+    counts = Histogram(bounds=[1], counts=[1, 0], sum=1)
+    status = TrainerStatus(uid="u", attempt=1, loss=2, held_out_loss=2, tokens_per_second=100, gate=gate)
+    difficulty = DifficultyReport(gradient_norm=counts, entropy=counts)
+    board = Board(status.model_copy(update={"difficulty": difficulty}))
+    served = {sample.name for metric in StatusCollector(board).collect() for sample in metric.samples}
+    assert asked
+    assert asked <= served
 
 
 def test_every_value_is_commented_and_in_the_schema() -> None:

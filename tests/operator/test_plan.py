@@ -22,7 +22,7 @@ from operator_builders import (
 
 from pylon_api.job import ConditionStatus, FailurePolicy, FailureRecord, TrainingProgress
 from pylon_api.names import ConditionType, Reason
-from pylon_api.run import TrainerPhase
+from pylon_api.run import DifficultyReport, GateDecision, GateReport, Histogram, TrainerPhase
 from pylon_operator.errors import Refused
 from pylon_operator.observation import (
     AnnotateTopology,
@@ -188,10 +188,37 @@ def test_last_words_count_more_than_an_answer_of_the_same_step() -> None:
     assert training.export_uri == "s3://b/export"
 
 
+@pytest.mark.parametrize(
+    ("gate", "column"),
+    [
+        (None, ""),
+        (GateReport(decision=GateDecision.GATED, ratio=0.3125), "0.31"),
+        (GateReport(decision=GateDecision.PLAIN, ratio=1), "plain"),
+    ],
+)
+def test_the_gate_is_a_column_and_a_part_of_training(gate: GateReport | None, column: str) -> None:
+    status = Scene().running().trainer(gate=gate, skipped_steps=3).decide().status
+    assert status.training is not None
+    assert (status.gate, status.training.gate, status.training.skipped_steps) == (column, gate, 3)
+
+
+def test_histograms_stay_off_the_resource() -> None:
+    counts = Histogram(bounds=[1], counts=[1, 0], sum=1)
+    difficulty = DifficultyReport(gradient_norm=counts, entropy=counts)
+    training = Scene().running().trainer(difficulty=difficulty).decide().status.training
+    assert training is not None
+    assert "difficulty" not in training.to_wire()
+
+
 def test_figures_on_the_resource_are_rounded() -> None:
     training = Scene().running().trainer(loss=2.123456789, tokens_per_second=5120.123456).decide().status.training
     assert training is not None
     assert (training.loss, training.tokens_per_second) == (2.1235, 5120.1235)
+    gate = GateReport(decision=GateDecision.GATED, reason="r" * 9000, ratio=0.5, retained_mass=0.912345678)
+    training = Scene().running().trainer(gate=gate).decide().status.training
+    assert training is not None
+    assert training.gate is not None
+    assert (training.gate.retained_mass, len(training.gate.reason)) == (0.9123, 2000)
 
 
 @pytest.mark.parametrize(

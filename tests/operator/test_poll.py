@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from operator_builders import UID, a_checkpoint, a_trainer
 
-from pylon_api.run import TrainerStatus
+from pylon_api.run import GateDecision, GateReport, TrainerStatus
 from pylon_operator import rank0
 from pylon_operator.poll import Poller, Target
 from pylon_operator.store import JobKey
@@ -77,7 +77,7 @@ async def test_the_first_answer_marks_the_job_and_the_same_again_does_not(traine
 async def test_progress_alone_waits_and_costs_no_write_in_between(trainer: Trainer) -> None:
     async with Polling(trainer) as polling:
         await polling.polled_again()
-        trainer.says = a_trainer(step=11)
+        trainer.says = a_trainer(step=11, gate=GateReport(decision=GateDecision.GATED, ratio=0.4))
         await polling.polled_again()
         assert polling.marked == [JOB]
         status = polling.poller.status(UID, 1)

@@ -266,7 +266,8 @@ RULE_CASES = [
     Case("a ratio that would rise", {GATING: FALLING | {"tokenRatio": 0.2}}, "must not exceed tokenRatio"),
     Case("two hands on the ratio", {GATING: FALLING | {"ratioControl": "GradientMass"}}, "needs ratioControl Fixed"),
     Case("depth tiers", {GATING: {"engine": "SinglePass", "depthBuckets": 4, "leakRate": 0.1}}),
-    Case("depth tiers of the head", {GATING: {"engine": "HeadOnly", "depthBuckets": 2}}, "needs engine SinglePass"),
+    Case("depth tiers of the head", {GATING: {"engine": "HeadOnly", "depthBuckets": 2}}, "SinglePass or TwoPass"),
+    Case("a dense gradient in two passes", {GATING: {"engine": "TwoPass", "kvGradient": "Dense"}}, "use SinglePass"),
     Case("a leak without tiers", {GATING: {"engine": "SinglePass", "leakRate": 0.1}}, "leakRate needs depthBuckets"),
     Case("whole sequences", {GATING: {"granularity": "Sequence", "selection": "Top", "routerLayers": 2}}),
     Case(

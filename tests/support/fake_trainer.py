@@ -54,7 +54,7 @@ def status(phase: str = "Training") -> dict[str, Any]:
         "loss": 5.0 / (1 + step / 20),
         "heldOutLoss": 5.1 / (1 + step / 20),
         "tokensPerSecond": 12345.0,
-        "tokenRatio": 0.5,
+        "gate": {"decision": "Gated", "reason": "as set", "ratio": 0.5, "savedFlopsRatio": 0.333},
         "stepSeconds": float(os.environ.get("FAKE_STEP_SECONDS", "0.01")),
         "checkpoint": {"step": saved, "uri": str(COMMITTED)} if saved else None,
         "notices": json.loads(os.environ.get("FAKE_NOTICES", "[]")),

@@ -8,9 +8,20 @@ from pathlib import Path
 import pytest
 
 from pylon_api.names import ExitCode
-from pylon_api.run import CheckpointReport, TerminationReport, TrainerStatus
+from pylon_api.run import (
+    CheckpointReport,
+    DifficultyReport,
+    GateDecision,
+    GateReport,
+    Histogram,
+    TerminationReport,
+    TrainerStatus,
+)
 from pylon_trainer import report
 from pylon_trainer.report import WorkerEnd, cause, describe, fit, reason
+
+COUNTS = Histogram(bounds=[number / 10 for number in range(32)], counts=[10**15] * 33, sum=1e15)
+DIFFICULTY = DifficultyReport(gradient_norm=COUNTS, entropy=COUNTS)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +62,8 @@ def test_any_report_fits_and_keeps_what_matters(filling: str) -> None:
         loss=float("nan"),
         sample=filling * 9000,
         notices=[filling * 3000] * 20,
+        gate=GateReport(decision=GateDecision.GATED, reason=filling * 3000, ratio=0.5),
+        difficulty=DIFFICULTY,
         checkpoint=CheckpointReport(step=7, uri="s3://bucket/" + filling * 300),
     )
     text = fit(describe(ExitCode.STORAGE, filling * 9000, rank=0).model_copy(update={"final": status}))
@@ -58,6 +71,13 @@ def test_any_report_fits_and_keeps_what_matters(filling: str) -> None:
     read = TerminationReport.model_validate_json(text)
     assert (read.exit_code, read.reason, read.rank) == (74, "Storage", 0)
     assert read.message.startswith(filling * 100)
+
+
+def test_histograms_go_before_anything_that_people_read() -> None:
+    status = TrainerStatus(uid="u", attempt=1, step=7, sample="x" * 3000, difficulty=DIFFICULTY)
+    status = status.model_copy(update={"gate": GateReport(decision=GateDecision.PLAIN, reason="early", ratio=1)})
+    text = fit(describe(0, "").model_copy(update={"final": status}))
+    assert TerminationReport.model_validate_json(text).final == status.model_copy(update={"difficulty": None})
 
 
 def test_a_small_report_keeps_its_whole_status() -> None:

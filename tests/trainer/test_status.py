@@ -10,10 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from pylon_api.run import CheckpointReport, TrainerPhase, TrainerStatus
+from pylon_api.run import (
+    CheckpointReport,
+    DifficultyReport,
+    GateDecision,
+    GateReport,
+    Histogram,
+    TrainerPhase,
+    TrainerStatus,
+)
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.status import Board, serve
 
+GATE = GateReport(
+    decision=GateDecision.GATED,
+    reason="gradient mass 0.93 at ratio 0.5; a step costs 0.71 of a plain one",
+    ratio=0.5,
+    retained_mass=0.93,
+    saved_flops_ratio=0.31,
+    nonfinite_steps=2,
+)
+DIFFICULTY = DifficultyReport(
+    gradient_norm=Histogram(bounds=[0.5, 1], counts=[7, 2, 1], sum=4.5),
+    entropy=Histogram(bounds=[1, 12], counts=[10, 0, 0], sum=3),
+)
 TOKEN = {"Authorization": "Bearer secret"}
 
 
@@ -72,6 +92,43 @@ def test_metrics_are_the_same_numbers_for_prometheus(url: str, board: Board) -> 
     ):
         assert line in lines
     assert not any(line.startswith("pylon_trainer_held_out_loss ") for line in lines)
+
+
+def test_the_gate_is_in_status_and_metrics(url: str, board: Board) -> None:
+    board.update(gate=GATE, difficulty=DIFFICULTY)
+    _, text = call(f"{url}/status")
+    assert json.loads(text)["gate"] == {
+        "decision": "Gated",
+        "reason": "gradient mass 0.93 at ratio 0.5; a step costs 0.71 of a plain one",
+        "ratio": 0.5,
+        "retainedMass": 0.93,
+        "savedFlopsRatio": 0.31,
+        "nonfiniteSteps": 2,
+    }
+    read = TrainerStatus.model_validate_json(text)
+    assert (read.gate, read.difficulty) == (GATE, DIFFICULTY)
+    lines = call(f"{url}/metrics")[1].splitlines()
+    for line in (
+        "pylon_trainer_gate_ratio 0.5",
+        "pylon_trainer_gate_retained_mass 0.93",
+        "pylon_trainer_gate_saved_flops_ratio 0.31",
+        "pylon_trainer_gate_nonfinite_steps_total 2.0",
+        'pylon_trainer_gate_decision{decision="Gated"} 1.0',
+        'pylon_trainer_gate_decision{decision="Plain"} 0.0',
+        'pylon_trainer_token_gradient_norm_bucket{le="0.5"} 7.0',
+        'pylon_trainer_token_gradient_norm_bucket{le="1.0"} 9.0',
+        'pylon_trainer_token_gradient_norm_bucket{le="+Inf"} 10.0',
+        "pylon_trainer_token_gradient_norm_count 10.0",
+        "pylon_trainer_token_gradient_norm_sum 4.5",
+        "pylon_trainer_token_entropy_nats_sum 3.0",
+    ):
+        assert line in lines
+    assert not any(line.startswith("pylon_trainer_gate_effective_token_share ") for line in lines)
+
+
+def test_without_a_gate_nothing_is_said_of_one(url: str) -> None:
+    assert not {"gate", "difficulty"} & json.loads(call(f"{url}/status")[1]).keys()
+    assert "pylon_trainer_gate" not in call(f"{url}/metrics")[1]
 
 
 def test_a_checkpoint_is_promised_for_the_next_step(url: str, board: Board) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,8 @@ from gangs import run_gang, run_pod
 
 from pylon_api import names
 from pylon_api.names import ExitCode
-from pylon_api.run import TrainerPhase
+from pylon_api.run import GateDecision, TrainerPhase
+from pylon_trainer.gating import gate, measurement
 from pylon_trainer.gating.step import PlainStep
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.signals import StopFlag
@@ -97,8 +99,8 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
     "gating",
     [
         {},
-        {"strategy": "GradientNorm", "tokenRatio": 0.5},
-        {"strategy": "GradientNorm", "tokenRatio": 0.5, "engine": "SinglePass"},
+        {"strategy": "GradientNorm", "ratioControl": "Fixed"},
+        {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
@@ -108,6 +110,8 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     monkeypatch: pytest.MonkeyPatch,
     gating: dict[str, Any],
 ) -> None:
+    monkeypatch.setattr(gate, "INTERVAL_STEPS", 2)  # so that the ratio moves within the run
+    monkeypatch.setattr(measurement, "INTERVAL_STEPS", 2)
     exit_code, whole = run_pod(tmp_path / "whole", make_config(gating=gating))
     assert exit_code == 0, whole.log
     weights, moments = newest(checkpoints, "model.safetensors"), newest(checkpoints, "optimizer.safetensors")
@@ -129,6 +133,8 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     assert first.values("loss") | second.values("loss") == whole.values("loss")
     assert newest(checkpoints, "model.safetensors") == weights
     assert newest(checkpoints, "optimizer.safetensors") == moments
+    if gating.get("ratioControl") != "Fixed" and gating:
+        assert len(set(whole.values("token_ratio").values())) > 1, "the ratio has moved"
 
 
 def test_a_stop_in_the_last_step_lets_the_run_finish(
@@ -142,7 +148,10 @@ def test_a_stop_in_the_last_step_lets_the_run_finish(
 
 @pytest.mark.parametrize(
     "gating",
-    [{}, {"strategy": "GradientNorm", "tokenRatio": 0.999, "engine": "SinglePass"}],  # which chooses every token
+    [
+        {},
+        {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.999, "engine": "SinglePass"},
+    ],  # which chooses every token
 )
 def test_the_number_of_processes_and_micro_batches_does_not_change_the_mathematics(
     tmp_path: Path, make_config: MakeConfig, gating: dict[str, Any]
@@ -205,35 +214,62 @@ def test_a_checkpoint_is_taken_at_the_step_that_the_answer_names(
     assert pod.final.checkpoint_requested_step is None
 
 
-def spoil_gradients(monkeypatch: pytest.MonkeyPatch, is_spoiled: Callable[[int], bool]) -> None:
-    """Make rank 1's gradients infinite at some steps (from 0)."""
+def spoil(monkeypatch: pytest.MonkeyPatch, what: str, is_spoiled: Callable[[int], bool]) -> None:
+    """Make rank 1's gradients, or what it says of its loss alone, infinite at some steps (from 0)."""
     forward_backward = PlainStep.forward_backward
 
     def patched(self: PlainStep, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
         result = forward_backward(self, batch, global_tokens=global_tokens, step=step)
-        if is_spoiled(step) and torch.distributed.get_rank() == 1:
-            for parameter in self.model.parameters():
-                assert parameter.grad is not None
-                parameter.grad.fill_(float("inf"))
+        if not is_spoiled(step) or torch.distributed.get_rank() != 1:
+            return result
+        if what == "loss":
+            return dataclasses.replace(result, loss_sum=torch.full_like(result.loss_sum, float("inf")))
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.fill_(float("inf"))
         return result
 
     monkeypatch.setattr(PlainStep, "forward_backward", patched)
 
 
-def test_a_step_without_finite_gradients_is_skipped_by_all_ranks(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["gradients", "loss"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all_and_told(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    spoil_gradients(monkeypatch, lambda step: step == 3)
+    spoil(monkeypatch, what, lambda step: step in (3, 5))
     exit_code, pod = run_pod(tmp_path, make_config())
-    assert (exit_code, pod.final.skipped_steps) == (0, 1), pod.log
+    assert (exit_code, pod.final.skipped_steps) == (0, 2), pod.log
+    assert pod.final.notices == [
+        "by step 4 an update was left out because loss or gradients were not finite; skippedSteps counts them"
+    ]
     losses = {step: float(loss) for step, loss in pod.values("loss").items()}
     assert losses[8] < losses[1]
+
+
+def test_the_gate_tells_what_it_does(tmp_path: Path, make_config: MakeConfig) -> None:
+    gating = {
+        "strategy": "GradientNorm",
+        "ratioControl": "Fixed",
+        "tokenRatio": 0.25,
+        "warmupSteps": 2,
+        "engine": "SinglePass",
+    }
+    exit_code, pod = run_pod(tmp_path, make_config(gating=gating))
+    gate, difficulty = pod.final.gate, pod.final.difficulty
+    assert exit_code == 0, pod.log
+    assert gate is not None
+    assert difficulty is not None
+    assert (gate.decision, gate.ratio) == (GateDecision.GATED, 0.25)
+    assert 0 < gate.saved_flops_ratio < 0.5
+    assert [float(ratio) for ratio in pod.values("token_ratio").values()] == [1, 0.625, *[0.25] * 6]
+    for histogram in (difficulty.gradient_norm, difficulty.entropy):
+        assert sum(histogram.counts) == pod.final.tokens
 
 
 def test_a_run_whose_gradients_stay_infinite_fails(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil_gradients(monkeypatch, lambda step: step >= 4)
+    spoil(monkeypatch, "gradients", lambda step: step >= 4)
     exit_code, pod = run_pod(tmp_path, make_config(schedule={"steps": 40}))
     assert exit_code == ExitCode.INTERNAL
     assert "gradients were not finite in 16 steps in a row up to step 20" in pod.report.message

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pylon_api.run import DifficultyReport
+from pylon_trainer.gating import difficulty
 from pylon_trainer.run import Update
 from pylon_trainer.runtime.distributed import World
 
@@ -21,11 +23,12 @@ class Reading:
     loss: float | None
     """Mean over tokens, nats; None when no step of the interval had a finite loss."""
     tokens_per_second: float
-    token_ratio: float | None
     step_seconds: float
     bytes_per_step: int
     gradient_norm: float
     learning_rate: float
+    difficulty: DifficultyReport | None
+    """Since the process began; None when no token was scored."""
 
 
 class Meter:
@@ -33,10 +36,11 @@ class Meter:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._tally = torch.zeros(difficulty.SHAPE, dtype=torch.float64, device=world.device)
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self._world.device)
         self._step_seconds: list[float] = []
         self._exchanged_bytes = 0
         self._last_time = time.perf_counter()
@@ -46,9 +50,10 @@ class Meter:
         for result in update.results:
             loss_sum = result.loss_sum.double()
             is_finite = torch.isfinite(loss_sum)
-            values = (torch.nan_to_num(loss_sum), result.tokens, result.gated_tokens)
-            self._sums[:3] += torch.stack([value.double() for value in values]) * is_finite
-            self._sums[3] += result.tokens
+            finite_tokens = result.tokens * is_finite
+            self._sums += torch.stack([torch.nan_to_num(loss_sum) * is_finite, finite_tokens, result.tokens])
+            if result.difficulty is not None:
+                self._tally += result.difficulty
         self._update = update
         self._exchanged_bytes += update.exchanged_bytes
         now = time.perf_counter()
@@ -63,18 +68,21 @@ class Meter:
 
     def read(self) -> Reading:
         """Close the interval. Collective; waits for the device, whose lag counts towards the last step."""
-        loss_sum, finite_tokens, gated_tokens, tokens = self._world.sum(self._sums).tolist()
+        # One collective and one copy for both; this rank's own tally goes on.
+        totals = self._world.sum(torch.cat([self._sums, self._tally.flatten()])).cpu()
+        loss_sum, finite_tokens, tokens = totals[:3].tolist()
+        tally = totals[3:].reshape(difficulty.SHAPE)
         gradient_norm = float(self._update.gradient_norm)
         lag = time.perf_counter() - self._last_time
         seconds = sum(self._step_seconds) + lag
         reading = Reading(
             loss=loss_sum / finite_tokens if finite_tokens else None,
             tokens_per_second=tokens / seconds,
-            token_ratio=gated_tokens / finite_tokens if finite_tokens else None,
             step_seconds=statistics.median(self._step_seconds),
             bytes_per_step=self._exchanged_bytes // len(self._step_seconds),
             gradient_norm=gradient_norm,
             learning_rate=self._update.learning_rate,
+            difficulty=difficulty.describe(tally.tolist()) if tally.any() else None,
         )
         self._reset()
         return reading

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pylon_api.run import TrainerPhase
+from pylon_api.run import DifficultyReport, GateDecision, GateReport, Histogram, TrainerPhase, TrainerStatus
 
 if TYPE_CHECKING:
     from pylon_trainer.status import Board
@@ -19,14 +20,20 @@ _GAUGES = {
     "loss": "Training loss over the last log interval, nats per token.",
     "held_out_loss": "Held-out loss, nats per token.",
     "tokens_per_second": "Tokens per second over all ranks, last log interval.",
-    "token_ratio": "Share of tokens that carried gradient in the last log interval.",
     "bytes_per_step": "Bytes that one rank exchanged per step, the larger of sent and received.",
     "step_seconds": "Median seconds per step over the last log interval.",
 }
 
+_GATE_GAUGES = {
+    "ratio": "Share of tokens that carries gradient; 1 in a plain step.",
+    "retained_mass": "Share of all tokens' gradient norm that the hardest of them hold, as many as carry gradient.",
+    "effective_token_share": "Plain tokens that one token of a gated batch is worth for the gradient's variance.",
+    "saved_flops_ratio": "Share of a plain step's floating-point operations that a step spares.",
+}
+
 
 class StatusCollector(Collector):
-    """Gauges named pylon_trainer_<field>; fields that are not known yet are left out."""
+    """Metrics named pylon_trainer_<field>; fields that are not known yet are left out."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -34,17 +41,52 @@ class StatusCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
         status = self._board.status
-        for field, description in _GAUGES.items():
-            value = getattr(status, field)
-            if value is not None:
-                yield GaugeMetricFamily(f"pylon_trainer_{field}", description, value=value)
-        yield CounterMetricFamily("pylon_trainer_tokens", "Tokens trained on.", value=status.tokens)
-        description = "Steps whose update was left out because gradients were not finite."
-        yield CounterMetricFamily("pylon_trainer_skipped_steps", description, value=status.skipped_steps)
-        if status.checkpoint is not None:
-            description = "Step of the newest committed checkpoint."
-            yield GaugeMetricFamily("pylon_trainer_checkpoint_step", description, value=status.checkpoint.step)
-        phases = GaugeMetricFamily("pylon_trainer_phase", "1 for what the trainer is doing.", labels=["phase"])
-        for phase in TrainerPhase:
-            phases.add_metric([phase.value], float(phase is status.phase))
-        yield phases
+        yield from _progress(status)
+        if status.gate is not None:
+            yield from _gate(status.gate)
+        if status.difficulty is not None:
+            yield from _difficulty(status.difficulty)
+
+
+def _progress(status: TrainerStatus) -> Iterator[Metric]:
+    yield from _gauges("pylon_trainer", _GAUGES, status)
+    yield CounterMetricFamily("pylon_trainer_tokens", "Tokens trained on.", value=status.tokens)
+    description = "Steps whose update was left out because loss or gradients were not finite."
+    yield CounterMetricFamily("pylon_trainer_skipped_steps", description, value=status.skipped_steps)
+    if status.checkpoint is not None:
+        description = "Step of the newest committed checkpoint."
+        yield GaugeMetricFamily("pylon_trainer_checkpoint_step", description, value=status.checkpoint.step)
+    phases = GaugeMetricFamily("pylon_trainer_phase", "1 for what the trainer is doing.", labels=["phase"])
+    for phase in TrainerPhase:
+        phases.add_metric([phase.value], float(phase is status.phase))
+    yield phases
+
+
+def _gate(gate: GateReport) -> Iterator[Metric]:
+    yield from _gauges("pylon_trainer_gate", _GATE_GAUGES, gate)
+    description = "Steps with logits that were infinite or not a number."
+    yield CounterMetricFamily("pylon_trainer_gate_nonfinite_steps", description, value=gate.nonfinite_steps)
+    decisions = GaugeMetricFamily("pylon_trainer_gate_decision", "1 for what the gate decided.", labels=["decision"])
+    for decision in GateDecision:
+        decisions.add_metric([decision.value], float(decision is gate.decision))
+    yield decisions
+
+
+def _difficulty(difficulty: DifficultyReport) -> Iterator[Metric]:
+    description = "Norm of the loss's gradient at a token's logits, by tokens."
+    yield _histogram("pylon_trainer_token_gradient_norm", description, difficulty.gradient_norm)
+    description = "Entropy of a token's prediction, nats, by tokens."
+    yield _histogram("pylon_trainer_token_entropy_nats", description, difficulty.entropy)
+
+
+def _gauges(prefix: str, descriptions: dict[str, str], report: TrainerStatus | GateReport) -> Iterator[Metric]:
+    for field, description in descriptions.items():
+        value = getattr(report, field)
+        if value is not None:
+            yield GaugeMetricFamily(f"{prefix}_{field}", description, value=value)
+
+
+def _histogram(name: str, description: str, histogram: Histogram) -> Metric:
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+    return HistogramMetricFamily(name, description, buckets=buckets, sum_value=histogram.sum)

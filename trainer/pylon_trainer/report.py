@@ -87,6 +87,8 @@ def _ever_shorter(report: TerminationReport) -> Iterable[TerminationReport]:
     yield report
     final = report.final
     if final is not None:
+        final = final.model_copy(update={"difficulty": None})
+        yield report.model_copy(update={"final": final})
         if final.sample is not None:
             for characters in (600, 200):
                 final = final.model_copy(update={"sample": final.sample[:characters]})

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pylon_api.run import GateReport
+
 IGNORED = -100
 """Label of a token that carries no loss, as PyTorch's cross entropy has it."""
 
@@ -54,11 +56,17 @@ class StepResult:
     """What one forward and backward gave, as device tensors, so that reading them can wait."""
 
     loss_sum: Tensor
-    """float32 scalar: cross entropy summed over every labelled token, gated or not, nats."""
+    """float32 scalar: cross entropy summed over every labelled token, gated or not, nats; NaN when nonfinite_rows is
+    not 0."""
     tokens: Tensor
     """int64 scalar: labelled tokens."""
     gated_tokens: Tensor
     """int64 scalar: tokens that carried gradient."""
+    nonfinite_rows: Tensor
+    """int32 scalar: labelled tokens with a logit that is NaN or infinite. If there are any, gradients are NaN, so that
+    the optimizer skips the step on all ranks."""
+    difficulty: Tensor | None = None
+    """What gating.difficulty.measure gave, or None when no token was scored."""
 
 
 class TrainingStep(Protocol):
@@ -81,8 +89,15 @@ class TrainingStep(Protocol):
         """The loss alone, without gradients."""
         ...
 
+    def report(self) -> GateReport | None:
+        """What the gate is doing, from figures that have reached the host already; None without a gate.
+
+        The same on every rank. Read at log intervals.
+        """
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """State of the gate that a resumed run needs (not the model's)."""
+        """State of the gate that a resumed run needs (not the model's). Collective; any rank's serves all."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from contextlib import closing
 import torch
 
 from pylon_api.run import RunConfig, TrainerPhase
-from pylon_api.training import ExportFormat, GatingStrategy
+from pylon_api.training import ExportFormat
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.data import open_data
 from pylon_trainer.errors import NonFiniteLoss, Stopped
@@ -86,21 +86,28 @@ def _labelled_tokens(batch: Batch) -> int:
 
 
 def _refuse_to_stay_infinite(run: Run) -> None:
-    if run.optimizer.skipped_in_row >= MAX_SKIPPED_STEPS:
+    skipped = int(run.optimizer.skipped_in_row)
+    if skipped >= MAX_SKIPPED_STEPS:
         raise NonFiniteLoss(
-            f"gradients were not finite in {int(run.optimizer.skipped_in_row)} steps in a row up to step {run.step}; "
+            f"loss or gradients were not finite in {skipped} steps in a row up to step {run.step}; "
             f"lower training.optimizer.learningRate or look at the data"
         )
 
 
 def _log(run: Run, meter: Meter, board: Board) -> None:
     reading = meter.read()
-    is_gated = run.config.training.gating.strategy is not GatingStrategy.OFF
+    gate = run.training_step.report()
     skipped = int(run.optimizer.skipped)
+    if skipped and not board.status.skipped_steps:
+        board.add_notice(
+            f"by step {run.step} an update was left out because loss or gradients were not finite; "
+            f"skippedSteps counts them"
+        )
     board.update(
         loss=reading.loss,
         tokens_per_second=reading.tokens_per_second,
-        token_ratio=reading.token_ratio if is_gated else None,
+        gate=gate,
+        difficulty=reading.difficulty,
         bytes_per_step=reading.bytes_per_step,
         step_seconds=reading.step_seconds,
         skipped_steps=skipped,
@@ -110,7 +117,7 @@ def _log(run: Run, meter: Meter, board: Board) -> None:
         logger.info(
             f"step={run.step} loss={loss} tokens_per_second={reading.tokens_per_second:.0f} "
             f"learning_rate={reading.learning_rate:.3e} gradient_norm={reading.gradient_norm:.4f}"
-            + (f" token_ratio={reading.token_ratio:.3f}" if is_gated and reading.token_ratio is not None else "")
+            + (f" gate={gate.decision} token_ratio={gate.ratio:.3f}" if gate else "")
             + (f" skipped={skipped}" if skipped else "")
         )
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pylon_api.job import PylonJob, TrainingProgress
-from pylon_api.run import TrainerPhase, TrainerStatus
+from pylon_api.run import GateReport, TrainerPhase, TrainerStatus
 from pylon_operator.observation import EmitEvent
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -145,6 +145,8 @@ class LiveView:
         lines: list[RenderableType] = [progress_line(training, self._report, job)]
         if known := figures(training):
             lines.append(Text("   ".join(known)))
+        if training.gate:
+            lines.append(Text(gate_words(training.gate), style="dim"))
         if len(self._losses) > 1:
             first, last = self._losses[0][1], self._losses[-1][1]
             drawn = sparkline([loss for _, loss in self._losses], SPARKLINE_WIDTH)
@@ -197,9 +199,15 @@ def measurements(training: TrainingProgress) -> list[str]:
         ("loss {:.3f}", training.loss),
         ("held-out {:.3f}", training.held_out_loss),
         ("{} tokens/s", None if training.tokens_per_second is None else count(training.tokens_per_second)),
-        ("ratio {:.0%}", training.token_ratio),
+        ("gate {}", training.gate.summary if training.gate else None),
     ]
     return [form.format(value) for form, value in values if value is not None]
+
+
+def gate_words(gate: GateReport) -> str:
+    """What the gate does, what it spares and why."""
+    spares = f", spares {gate.saved_flops_ratio:.0%} of a step's FLOPs" if gate.saved_flops_ratio > 0 else ""
+    return f"{gate.decision.lower()}{spares}" + (f": {gate.reason}" if gate.reason else "")
 
 
 def standing(job: PylonJob) -> str:

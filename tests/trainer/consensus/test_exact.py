@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from gangs import fork, wait
+from ranks import run_ranks
 
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.runtime.distributed import World
@@ -39,19 +36,6 @@ def test_every_rank_holds_the_sum_and_counts_what_a_ring_moves(tmp_path: Path, s
         assert exchanged_bytes == 2 * total_bytes * (size - 1) // size
 
     run_ranks(take_part, tmp_path, size)
-
-
-def run_ranks(take_part: Callable[[World], None], directory: Path, size: int) -> None:
-    """Have every rank of a gloo world take part, each in a process of its own."""
-
-    def rank_of(rank: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size)
-        take_part(World(rank, size, rank, torch.device("cpu")))
-        dist.barrier()
-        os._exit(0)
-
-    children = [fork(lambda rank=rank: rank_of(rank)) for rank in range(size)]
-    assert [wait(child) for child in children] == [0] * size
 
 
 def test_two_ranks_get_the_gradients_of_distributed_data_parallel_bit_for_bit(tmp_path: Path) -> None:

@@ -1,27 +1,31 @@
-"""The sparse engine gives the gradients of a dense pass whose keys and values are detached where no row was chosen."""
+"""Engines give the gradients of a dense pass that is cut where they say, at a cost that falls with the rows."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import subprocess
+import sys
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from engines import (
+    DENSE,
+    ENGINES,
+    ROW_ENGINES,
+    TRUNCATED,
+    assert_same,
+    batch_of,
+    depth_of,
+    engine_of,
+    gradient_of,
+    gradients,
+    kv_gradient_of,
+    model_of,
+    reference,
+    run,
+)
+from flops import flops
 
-from pylon_api.training import KvGradient, ModelSpec, RowActivations
-from pylon_trainer.gating.engine import SinglePass
-from pylon_trainer.gating.gradients import accumulate
-from pylon_trainer.models import Transformer, build_model
-from pylon_trainer.models.context import Context
-from pylon_trainer.models.transformer import Block
-from pylon_trainer.step import Batch
-
-VOCABULARY = 37
-SEQUENCES, LENGTH = 3, 13
-TOKENS = SEQUENCES * LENGTH
+TOKENS = 3 * 13
 
 MODELS = {
     "plain": {},
@@ -39,207 +43,142 @@ ROWS = {
 }
 
 
-def model_of(**fields: object) -> Transformer:
-    torch.manual_seed(0)
-    spec = {"layers": 3, "hidden_size": 32, "heads": 2, "intermediate_size": 48, "initializer_std": 0.2}
-    return build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)
-
-
-def batch_of(isolated: bool = False) -> Batch:
-    tokens_BT = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
-    documents_BT = (torch.arange(LENGTH) // 5).int().expand(SEQUENCES, -1).contiguous()
-    return Batch(tokens_BT, tokens_BT, documents_BT if isolated else None)
-
-
-def gradient_of(rows: int) -> Tensor:
-    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(2))
-
-
-def autocast(enabled: bool) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=False)
-
-
-def run(
-    model: Transformer,
-    batch: Batch,
-    rows: list[int],
-    kv_gradient: KvGradient = KvGradient.TRUNCATED,
-    activations: RowActivations = RowActivations.KEEP,
-    bfloat16: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states and gradients of the engine."""
-    model.zero_grad()
-    engine = SinglePass(
-        model,
-        lambda: autocast(bfloat16),
-        activations=activations,
-        kv_gradient=kv_gradient,
-        compile_backend=backend,
-    )
-    hidden_ND, back = engine.forward(batch)
-    assert not hidden_ND.requires_grad
-    back(torch.tensor(rows, dtype=torch.int64), gradient_of(len(rows)), accumulate)
-    return hidden_ND, gradients(model)
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def reference(
-    model: Transformer, batch: Batch, rows: list[int], kv_gradient: KvGradient, bfloat16: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same in one dense autograd graph that is cut by detaching."""
-    model.zero_grad()
-    chosen_N = torch.zeros(TOKENS, dtype=torch.bool)
-    chosen_N[rows] = True
-    chosen_BT1 = chosen_N.view(SEQUENCES, LENGTH, 1)
-    chosen_B1T1 = chosen_BT1.unsqueeze(1)
-
-    def through(block: Block, x_BTD: Tensor, context: Context) -> Tensor:
-        attention = block.attention
-        seen_BTD = block.attention_norm(torch.where(chosen_BT1, x_BTD, x_BTD.detach()))
-        k, v = attention.keys_values(seen_BTD, context)
-        if kv_gradient is KvGradient.TRUNCATED:
-            k, v = (torch.where(chosen_B1T1, x, x.detach()) for x in (k, v))
-
-        class Cut(Context):
-            def attend(self, q: Tensor, *_: Tensor) -> Tensor:
-                return context.attend(q, k, v)
-
-        return block(x_BTD, Cut(context.places, context.cos, context.sin, context.starts_BT, context.mask))
-
-    with autocast(bfloat16):
-        context = model.context(batch.tokens_BT, batch.documents_BT)
-        x_BTD = model.embed(batch.tokens_BT, context.places)
-        for block in model.blocks:
-            x_BTD = through(block, x_BTD, context)
-        hidden_ND = model.norm(x_BTD).flatten(0, 1)
-    (hidden_ND[rows] * gradient_of(len(rows))).sum().backward()
-    return hidden_ND.detach(), gradients(model)
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        difference = (actual[name] - gradient).norm() / gradient.norm().clamp_min(1e-6)
-        assert difference < tolerance, f"{name}: {difference}"
-
-
-@pytest.mark.parametrize("activations", list(RowActivations))
-@pytest.mark.parametrize("kv_gradient", list(KvGradient))
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
-def test_gradients_equal_the_cut_dense_ones(
-    fields: dict[str, object], kv_gradient: KvGradient, activations: RowActivations
-) -> None:
+def test_gradients_equal_the_cut_dense_ones(fields: dict[str, object], name: str) -> None:
     model, batch = model_of(**fields), batch_of()
-    hidden_ND, actual = run(model, batch, ROWS["half"], kv_gradient, activations)
-    expected_ND, expected = reference(model, batch, ROWS["half"], kv_gradient)
+    hidden_ND, actual = run(engine_of(name, model), model, batch, ROWS["half"])
+    expected_ND, expected = reference(model, batch, ROWS["half"], kv_gradient_of(name))
     torch.testing.assert_close(hidden_ND, expected_ND, rtol=1e-6, atol=1e-6)
     assert_same(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["one document", "isolated documents"])
-@pytest.mark.parametrize("kv_gradient", list(KvGradient))
+@pytest.mark.parametrize(
+    "name", ["HeadOnly", "SinglePass-Truncated-Keep", "SinglePass-Dense-Keep", "TwoPass-Truncated-Keep"]
+)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-def test_any_rows(rows: list[int], kv_gradient: KvGradient, isolated: bool) -> None:
-    model, batch = model_of(heads=4, kv_heads=2), batch_of(isolated)
-    assert_same(run(model, batch, rows, kv_gradient)[1], reference(model, batch, rows, kv_gradient)[1], 1e-5)
+def test_any_rows(rows: list[int], name: str, isolated: bool) -> None:
+    model, batch = model_of(heads=4, kv_heads=2), batch_of(isolated=isolated)
+    _, actual = run(engine_of(name, model), model, batch, rows)
+    assert_same(actual, reference(model, batch, rows, kv_gradient_of(name))[1], 1e-5)
 
 
-def test_all_rows_equal_the_uncut_gradient() -> None:
+@pytest.mark.parametrize("name", ENGINES)
+def test_all_rows_equal_the_uncut_gradient(name: str) -> None:
     model, batch = model_of(), batch_of()
-    _, actual = run(model, batch, ROWS["all"])
-    model.zero_grad()
-    (model(batch.tokens_BT).flatten(0, 1) * gradient_of(TOKENS)).sum().backward()
-    assert_same(actual, gradients(model), 1e-5)
-
-
-@pytest.mark.parametrize("activations", list(RowActivations))
-@pytest.mark.parametrize("kv_gradient", list(KvGradient))
-@pytest.mark.parametrize("rows", ["all", "half", "uneven"])
-def test_bfloat16(rows: str, kv_gradient: KvGradient, activations: RowActivations) -> None:
-    model, batch = model_of(heads=4, kv_heads=2, embedding_rank=8), batch_of()
-    _, actual = run(model, batch, ROWS[rows], kv_gradient, activations, bfloat16=True)
-    _, expected = reference(model, batch, ROWS[rows], kv_gradient, bfloat16=True)
-    assert_same(actual, expected, 2e-2)
+    _, actual = run(engine_of(name, model), model, batch, ROWS["all"])
+    assert_same(actual, reference(model, batch, ROWS["all"], None)[1], 1e-5)
 
 
 def test_the_options_differ_where_they_should() -> None:
     """Guards the tests above: truncated, dense and uncut gradients are three different things."""
     model, batch = model_of(), batch_of()
-    truncated, dense = (run(model, batch, ROWS["half"], option)[1] for option in KvGradient)
-    model.zero_grad()
-    (model(batch.tokens_BT).flatten(0, 1)[ROWS["half"]] * gradient_of(len(ROWS["half"]))).sum().backward()
-    uncut = gradients(model)
+    truncated, dense, uncut = (reference(model, batch, ROWS["half"], cut)[1] for cut in (TRUNCATED, DENSE, None))
     for name in ("blocks.2.attention.key.weight", "blocks.2.attention.value.weight", "blocks.2.attention_norm.weight"):
         torch.testing.assert_close(dense[name], uncut[name], rtol=1e-4, atol=1e-5)  # the top block's are exact
         assert (truncated[name] - uncut[name]).norm() > 0.05 * uncut[name].norm()
     assert (dense["embedding.weight"] - uncut["embedding.weight"]).norm() > 0.05 * uncut["embedding.weight"].norm()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kv_gradient", "activations", "bfloat16", "isolated"),
-    [
-        (KvGradient.TRUNCATED, RowActivations.KEEP, True, False),
-        (KvGradient.DENSE, RowActivations.KEEP, False, True),
-        (KvGradient.DENSE, RowActivations.RECOMPUTE, False, False),
-    ],
-)
-def test_every_piece_compiles_without_a_graph_break(
-    kv_gradient: KvGradient, activations: RowActivations, bfloat16: bool, isolated: bool
-) -> None:
-    torch._dynamo.reset()
-    model, batch = model_of(heads=4, kv_heads=2, layers=2), batch_of(isolated)
-    for rows in ("half", "quarter"):  # the second count of rows shows that shapes may change
-        _, eager = run(model, batch, ROWS[rows], kv_gradient, activations, bfloat16)
-        _, compiled = run(model, batch, ROWS[rows], kv_gradient, activations, bfloat16, backend="aot_eager")
-        assert_same(compiled, eager, 2e-2 if bfloat16 else 1e-5)
+PASSES = {"SinglePass": {"Keep": 2, "Recompute": 3}, "TwoPass": {"Keep": 3, "Recompute": 4}}
+"""What r is multiplied by in the cost of a step, in forward passes: 1 + 2r and so on (engine.py)."""
 
 
-@pytest.mark.parametrize("kv_gradient", list(KvGradient))
-@pytest.mark.parametrize("activations", list(RowActivations))
-@pytest.mark.parametrize("share", [1, 2, 4])
-def test_backward_flops_fall_with_the_rows(share: int, activations: RowActivations, kv_gradient: KvGradient) -> None:
-    """Counted products: of the linear layers, r of the plain backward pass (3/2 r with recomputation), and a little for
-    the attention, whose queries run again in tiles that are not quite full."""
-    model, batch = model_of(hidden_size=64, intermediate_size=160, heads=2), batch_of()
-    rows = torch.arange(0, TOKENS, share)
+@pytest.mark.parametrize("name", ROW_ENGINES)
+@pytest.mark.parametrize("share", [1, 2, 4, 8])
+def test_flops_of_a_step_stay_within_the_bound(share: int, name: str) -> None:
+    """Counted products of the linear layers, and a little for the attention, whose queries run again in tiles that are
+    not quite full."""
+    model, batch = model_of(hidden_size=64, intermediate_size=160), batch_of()
+    rows = list(range(0, TOKENS, share))
+    engine_name, kv_gradient, activations = name.split("-")
+    engine = engine_of(name, model)
     forward = flops(lambda: model(batch.tokens_BT))
-    plain = flops(lambda: model(batch.tokens_BT).sum().backward()) - forward
-
-    engine = SinglePass(
-        model,
-        lambda: autocast(False),
-        activations=activations,
-        kv_gradient=kv_gradient,
-        compile_backend=None,
-    )
-    _, back = engine.forward(batch)
-    ratio = flops(lambda: back(rows, torch.ones(len(rows), 64), accumulate)) / plain
-
-    passes = 1.0 if activations is RowActivations.KEEP else 1.5
-    # The dense option runs the products of keys and values, a sixth of the linear layers' here, for all tokens as well.
-    dense = passes * 2 * 64 * 64 / (4 * 64 * 64 + 3 * 64 * 160) if kv_gradient is KvGradient.DENSE else 0.0
-    assert len(rows) / TOKENS * 0.95 * passes < ratio < len(rows) / TOKENS * passes + dense + 0.05
     assert flops(lambda: engine.forward(batch)) == forward
 
+    passes = PASSES[engine_name][activations]
+    bound = 1 + passes * len(rows) / TOKENS
+    # The dense option runs the products of keys and values, a sixth of the linear layers' here, for all tokens as well.
+    dense = passes * 2 * 64 * 64 / (4 * 64 * 64 + 3 * 64 * 160) if kv_gradient == "Dense" else 0.0
+    cost = flops(lambda: run(engine, model, batch, rows)) / forward
+    assert 0.97 * bound < cost < 1.03 * bound + dense + 0.04
 
-def flops(call: Callable[[], object]) -> int:
-    """Attention included: only its plain form is counted on a CPU."""
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        call()
-    return counter.get_total_flops()
+
+@pytest.mark.parametrize("name", ["SinglePass-Truncated-Keep", "TwoPass-Truncated-Keep"])
+def test_flops_fall_with_the_depths(name: str) -> None:
+    """Four buckets of equal size keep 100, 75, 50 and 25 percent of the blocks: 62.5 percent of the rows' products."""
+    model, batch = model_of(hidden_size=64, intermediate_size=160, layers=4), batch_of()
+    rows = ROWS["half"]
+    forward = flops(lambda: model(batch.tokens_BT))
+    costs = [
+        flops(lambda depth=depth: run(engine_of(name, model, depth_buckets=4), model, batch, rows, depth)) - forward
+        for depth in (None, depth_of(len(rows)), depth_of(len(rows), leak_rate=1.0))
+    ]
+    assert costs[1] / costs[0] == pytest.approx(0.625, abs=0.02)
+    assert costs[2] == costs[0]
 
 
-def test_frozen_weights_get_no_gradient() -> None:
+def test_activation_memory_of_the_second_pass_falls_with_the_rows() -> None:
+    """What autograd holds between the two passes of TwoPass: keys and values of all tokens are held beside it."""
+    model, batch = model_of(hidden_size=64, intermediate_size=160), batch_of()
+
+    def held(rows: list[int]) -> int:
+        tensors: dict[int, int] = {}
+
+        def hold(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dtype is torch.float32 and tensor.shape[0] == 1:  # of the rows; not weights, keys and values
+                tensors[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            run(engine_of("TwoPass-Truncated-Keep", model), model, batch, rows)
+        return sum(tensors.values())
+
+    assert held(ROWS["quarter"]) < 0.3 * held(ROWS["all"])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_frozen_weights_get_no_gradient_and_cost_none(name: str) -> None:
     model, batch = model_of(), batch_of()
-    _, expected = run(model, batch, ROWS["half"])
-    frozen = [name for name, _ in model.named_parameters() if "mlp" in name or "embedding" in name]
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(False)
-    _, actual = run(model, batch, ROWS["half"])
-    assert_same(actual, {name: gradient for name, gradient in expected.items() if name not in frozen}, 1e-6)
+    _, expected = run(engine_of(name, model), model, batch, ROWS["half"])
+    cost = flops(lambda: run(engine_of(name, model), model, batch, ROWS["half"]))
+    frozen = [key for key, _ in model.named_parameters() if "mlp" in key or "embedding" in key]
+    for key in frozen:
+        model.get_parameter(key).requires_grad_(False)
+    _, actual = run(engine_of(name, model), model, batch, ROWS["half"])
+    assert_same(actual, {key: gradient for key, gradient in expected.items() if key not in frozen}, 1e-6)
+    tokens = TOKENS if name == "HeadOnly" else len(ROWS["half"])
+    assert cost - flops(lambda: run(engine_of(name, model), model, batch, ROWS["half"])) == 2 * 3 * tokens * 3 * 32 * 48
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_sink_takes_the_place_of_grad(name: str) -> None:
+    model, batch = model_of(), batch_of()
+    _, expected = run(engine_of(name, model), model, batch, ROWS["half"])
+    model.zero_grad()
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    sunk: dict[str, torch.Tensor] = {}
+
+    def sink(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        sunk[names[id(parameter)]] = gradient
+
+    with torch.no_grad():  # as within an autograd.Function
+        _, back = engine_of(name, model).forward(batch)
+        back(torch.tensor(ROWS["half"]), gradient_of(len(ROWS["half"])), sink)
+    assert_same(sunk, expected, 1e-6)
+    assert gradients(model) == {}
+
+
+@pytest.mark.slow
+def test_an_eager_step_does_not_import_the_compiler() -> None:
+    """torch._dynamo and sympy take seconds to import: a small run on CPUs should not wait for them."""
+    code = """
+import sys
+from engines import *
+for name in ENGINES:
+    model = model_of()
+    run(engine_of(name, model), model, batch_of(), [1, 2])
+assert not {"sympy", "torch._dynamo"} & sys.modules.keys(), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

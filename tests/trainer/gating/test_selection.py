@@ -8,16 +8,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pylon_trainer.gating.selection import SCORE_FLOOR, inclusion_probabilities, sample, top
+from pylon_api.training import GatingSpec
+from pylon_trainer.gating.selection import SCORE_FLOOR, Selection, build_rule, proportional, select
+
+UNBIASED = {
+    "sampled": GatingSpec(selection="Sampled"),
+    "stratified": GatingSpec(selection="Stratified"),
+    "two strata": GatingSpec(selection="Stratified", strata=2),
+    "sequence aware": GatingSpec(selection="SequenceAware"),
+    "fixed quota": GatingSpec(selection="SequenceAware", sequence_share=1),
+}
+RULES = {**UNBIASED, "top": GatingSpec(selection="Top")}
+each_rule = pytest.mark.parametrize("gating", RULES.values(), ids=RULES)
+each_unbiased_rule = pytest.mark.parametrize("gating", UNBIASED.values(), ids=UNBIASED)
 
 
-def scores_of(count: int, seed: int = 0) -> Tensor:
-    """Scores as gradient norms are: many small, a few large."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed)) ** 4
+def scores_of(sequences: int, length: int, seed: int = 0) -> Tensor:
+    """Scores as gradient norms are: many small, a few large; and some sequences easier than others."""
+    scores_BT = torch.rand(sequences, length, generator=torch.Generator().manual_seed(seed)) ** 4
+    return scores_BT * torch.linspace(0.2, 1, sequences)[:, None]
 
 
-def everyone(count: int) -> Tensor:
-    return torch.ones(count, dtype=torch.bool)
+def everyone(scores_BT: Tensor) -> Tensor:
+    return torch.ones_like(scores_BT, dtype=torch.bool)
+
+
+def probabilities(gating: GatingSpec, scores_BT: Tensor, labelled_BT: Tensor, rows: int) -> Tensor:
+    return build_rule(gating)(scores_BT, labelled_BT, torch.tensor([rows]))[0]
+
+
+def selected(gating: GatingSpec, scores_BT: Tensor, labelled_BT: Tensor, rows: int, start: float = 0.4) -> Selection:
+    selection = select(gating, scores_BT, labelled_BT, rows=rows, start=start)
+    assert len(selection.rows_K) == len(selection.weights_K) == rows
+    assert (selection.rows_K.diff() > 0).all(), "distinct and rising"
+    return selection
 
 
 @settings(max_examples=200, deadline=None)
@@ -32,7 +56,7 @@ def test_probabilities_are_proportional_up_to_one_and_add_up(
     scores_N = torch.tensor(scores)
     labelled_N = torch.tensor([place not in ignored for place in range(len(scores))])
     rows = max(1, round(share * len(scores)))
-    p_N = inclusion_probabilities(scores_N, labelled_N, rows)
+    p_N = proportional(scores_N[None], labelled_N[None], torch.tensor([rows]))[0]
 
     assert ((p_N >= 0) & (p_N <= 1)).all()
     assert (p_N[~labelled_N] == 0).all()
@@ -45,31 +69,54 @@ def test_probabilities_are_proportional_up_to_one_and_add_up(
         torch.testing.assert_close(ratios_N, ratios_N[:1].expand_as(ratios_N), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 32, 63, 64])
-def test_sampling_draws_exactly_the_rows_asked_for_each_once(rows: int) -> None:
-    for start in (0.0, 0.3, 0.999999):
-        rows_K, weights_K = sample(scores_of(64), everyone(64), rows=rows, start=start)
-        assert len(rows_K) == rows
-        assert len(rows_K.unique()) == rows
-        assert (weights_K >= 1).all()
+@settings(max_examples=200, deadline=None)
+@given(
+    gating=st.sampled_from(list(RULES.values())),
+    seed=st.integers(0, 10**6),
+    sequences=st.integers(1, 5),
+    length=st.integers(1, 12),
+    labels=st.floats(0, 1),
+    levels=st.sampled_from([1, 2, 1000]),  # of score: all equal, many ties, hardly any
+    share=st.floats(0.01, 1),
+)
+def test_any_rule_hands_out_just_what_there_is(
+    gating: GatingSpec, seed: int, sequences: int, length: int, labels: float, levels: int, share: float
+) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    scores_BT = torch.randint(levels, (sequences, length), generator=draws).float()
+    labelled_BT = torch.rand(sequences, length, generator=draws) < labels
+    rows = max(1, round(share * sequences * length))
+
+    p_N = probabilities(gating, scores_BT, labelled_BT, rows)
+    given_out = min(rows, int(labelled_BT.sum()))
+    assert ((p_N >= 0) & (p_N <= 1 + 1e-9)).all()
+    assert (p_N[~labelled_BT.flatten()] == 0).all()
+    assert p_N.sum().item() == pytest.approx(given_out, abs=1e-6)
+
+    rows_K, weights_K = selected(gating, scores_BT, labelled_BT, rows, start=float(torch.rand((), generator=draws)))
+    assert int((weights_K > 0).sum()) == given_out
+    assert labelled_BT.flatten()[rows_K[weights_K > 0]].all()
+    assert (weights_K[weights_K > 0] >= 1 - 1e-6).all()
 
 
-def test_each_token_is_drawn_as_often_as_its_probability_says() -> None:
-    scores_N, rows, starts = scores_of(50), 20, 2000
+@each_unbiased_rule
+def test_each_token_is_drawn_as_often_as_its_probability_says(gating: GatingSpec) -> None:
+    scores_BT, rows, starts = scores_of(5, 10), 20, 2000
     counts_N = torch.zeros(50)
     for index in range(starts):  # the start is all that is random: an even grid of starts stands for all of them
-        counts_N[sample(scores_N, everyone(50), rows=rows, start=(index + 0.5) / starts).rows_K] += 1
-    expected_N = inclusion_probabilities(scores_N, everyone(50), rows)
+        counts_N[selected(gating, scores_BT, everyone(scores_BT), rows, (index + 0.5) / starts).rows_K] += 1
+    expected_N = probabilities(gating, scores_BT, everyone(scores_BT), rows)
     torch.testing.assert_close((counts_N / starts).double(), expected_N, atol=1.5 / starts, rtol=0)
 
 
-def test_weighted_sums_are_unbiased_for_random_starts() -> None:
-    scores_N, draws, rows = scores_of(80), 4000, 16
+@each_unbiased_rule
+def test_weighted_sums_are_unbiased_for_random_starts(gating: GatingSpec) -> None:
+    scores_BT, draws, rows = scores_of(8, 10), 3000, 16
     values_N = torch.randn(80, generator=torch.Generator().manual_seed(5))
     starts = torch.rand(draws, generator=torch.Generator().manual_seed(6)).tolist()
     sums = []
     for start in starts:
-        rows_K, weights_K = sample(scores_N, everyone(80), rows=rows, start=start)
+        rows_K, weights_K = selected(gating, scores_BT, everyone(scores_BT), rows, start)
         sums.append((values_N[rows_K] * weights_K).sum())
     estimates = torch.stack(sums)
     error = (estimates.mean() - values_N.sum()).abs()
@@ -77,32 +124,94 @@ def test_weighted_sums_are_unbiased_for_random_starts() -> None:
     assert estimates.std() > 0.1  # the test would notice a bias of this size
 
 
-def test_tokens_without_label_are_never_drawn_with_weight() -> None:
-    labelled_N = torch.arange(40) % 4 == 0
-    for rows, weighted in ((5, 5), (10, 10), (25, 10), (40, 10)):
-        rows_K, weights_K = sample(scores_of(40), labelled_N, rows=rows, start=0.4)
-        assert len(rows_K) == rows
-        assert int((weights_K > 0).sum()) == weighted
-        assert labelled_N[rows_K[weights_K > 0]].all()
-        top_K, top_weights_K = top(scores_of(40), labelled_N, rows=rows)
-        assert labelled_N[top_K[top_weights_K > 0]].all()
-        assert int(top_weights_K.sum()) == weighted
+@each_rule
+def test_at_ratio_one_every_label_has_weight_one(gating: GatingSpec) -> None:
+    scores_BT = scores_of(3, 11)
+    labelled_BT = torch.arange(33).view(3, 11) % 5 > 0
+    rows_K, weights_K = selected(gating, scores_BT, labelled_BT, 33, 0.7)
+    assert rows_K.tolist() == list(range(33))
+    torch.testing.assert_close(weights_K, labelled_BT.flatten().float())
 
 
-def test_all_rows_have_weight_one() -> None:
-    rows_K, weights_K = sample(scores_of(33), everyone(33), rows=33, start=0.7)
-    assert sorted(rows_K.tolist()) == list(range(33))
-    torch.testing.assert_close(weights_K, torch.ones(33))
+@each_rule
+@pytest.mark.parametrize("labels", [0, 1, 6])
+def test_fewer_labels_than_rows(gating: GatingSpec, labels: int) -> None:
+    labelled_BT = torch.arange(12).view(1, 12) < labels  # a batch of one sequence
+    rows_K, weights_K = selected(gating, scores_of(1, 12), labelled_BT, 8)
+    assert weights_K.sum() == labels
+    assert set(range(labels)) <= set(rows_K.tolist())
+
+
+@each_rule
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1.0])
+def test_scores_that_are_none_neither_crash_nor_spread(gating: GatingSpec, bad: float) -> None:
+    scores_BT = scores_of(3, 8)
+    scores_BT[1, 3] = bad
+    _, weights_K = selected(gating, scores_BT, everyone(scores_BT), 6)
+    assert weights_K.isfinite().all()
 
 
 def test_weights_are_bounded_by_the_floor() -> None:
-    scores_N = torch.full((1000,), 1e-6)
-    scores_N[:10] = 1.0
-    _, weights_K = sample(scores_N, everyone(1000), rows=100, start=0.5)
+    scores_BT = torch.full((1, 1000), 1e-6)
+    scores_BT[0, :10] = 1.0
+    _, weights_K = selected(UNBIASED["sampled"], scores_BT, everyone(scores_BT), 100)
     assert weights_K.max() <= (1000 / 100) / SCORE_FLOOR
 
 
-def test_top_takes_the_highest_scores_at_weight_one() -> None:
-    rows_K, weights_K = top(torch.tensor([0.1, 3.0, 0.2, 2.0]), everyone(4), rows=2)
-    assert sorted(rows_K.tolist()) == [1, 3]
-    assert weights_K.tolist() == [1, 1]
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([0.1, 3.0, 0.2, 2.0], [1, 3]), ([1.0, 1.0, 1.0, 1.0], [0, 1]), ([1.0, 2.0, 1.0, 1.0], [0, 1])],
+)
+def test_top_takes_the_highest_scores_and_of_equal_ones_the_first(scores: list[float], expected: list[int]) -> None:
+    scores_BT = torch.tensor([scores])
+    rows_K, weights_K = selected(RULES["top"], scores_BT, everyone(scores_BT), 2)
+    assert (rows_K.tolist(), weights_K.tolist()) == (expected, [1, 1])
+
+
+def test_strata_get_their_share_of_rows_whatever_the_draw() -> None:
+    """Scores 1, 2, 3, 4 in strata of 25 tokens: of 20 rows they get 2, 4, 6 and 8."""
+    scores_BT = (torch.randperm(100, generator=torch.Generator().manual_seed(1)) // 25 + 1).float().view(4, 25)
+    for start in (0.0, 0.5, 0.99):
+        rows_K, weights_K = selected(UNBIASED["stratified"], scores_BT, everyone(scores_BT), 20, start)
+        strata_K = scores_BT.flatten()[rows_K]
+        assert [int((strata_K == stratum).sum()) for stratum in (1, 2, 3, 4)] == [2, 4, 6, 8]
+        torch.testing.assert_close(weights_K, 12.5 / strata_K)
+
+
+@pytest.mark.parametrize(("share", "least"), [(1, 5), (0.5, 2), (0, 0)])
+def test_sequences_get_their_quota_first(share: float, least: int) -> None:
+    """Nearly all scores lie in the last of four sequences; 20 rows."""
+    scores_BT = torch.full((4, 30), 1e-3)
+    scores_BT[3] = 1.0
+    gating = GatingSpec(selection="SequenceAware", sequence_share=share)
+    for start in (0.0, 0.5, 0.99):
+        rows_K, _ = selected(gating, scores_BT, everyone(scores_BT), 20, start)
+        counts = torch.bincount(rows_K // 30, minlength=4).tolist()
+        assert min(counts) >= least
+        assert counts[3] >= 20 - 3 * (least + 1)
+
+
+def test_a_sequence_shorter_than_its_quota_leaves_the_rest_to_the_others() -> None:
+    labelled_BT = torch.ones(4, 30, dtype=torch.bool)
+    labelled_BT[0, 2:] = False
+    rows_K, weights_K = selected(UNBIASED["fixed quota"], scores_of(4, 30), labelled_BT, 40)
+    counts = torch.bincount((rows_K // 30)[weights_K > 0], minlength=4).tolist()
+    assert (counts[0], sum(counts)) == (2, 40)
+    assert min(counts[1:]) >= 10
+
+
+@pytest.mark.gpu
+@each_rule
+def test_no_rule_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(gating: GatingSpec) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    scores_BT = scores_of(4, 64)
+    expected = selected(gating, scores_BT, everyone(scores_BT), 50)
+    scores_BT, labelled_BT = scores_BT.cuda(), everyone(scores_BT).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows_K, weights_K = select(gating, scores_BT, labelled_BT, rows=50, start=0.4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert rows_K.tolist() == expected.rows_K.tolist()
+    torch.testing.assert_close(weights_K.cpu(), expected.weights_K)

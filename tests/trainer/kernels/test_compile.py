@@ -90,7 +90,7 @@ def test_small_kernels_of_the_head_compile() -> None:
     compile_for_hopper(
         head._logit_gradient_kernel,
         {"logits_KC": "*bf16", "logsumexp_K": "*fp32", "labels_K": "*i64", "weights_K": "*fp32"},
-        {"BLOCK": 2048},
+        {"BLOCK": head.GRADIENT_BLOCK},
     )
 
 

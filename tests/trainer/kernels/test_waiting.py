@@ -28,3 +28,5 @@ def test_a_gated_step_never_waits_for_the_device() -> None:
     rows_K, weights_K = torch.arange(0, 512, 4, device="cuda"), torch.ones(128, device="cuda")
     head.selected_cross_entropy(hidden_NH, weight_VH, labels_N, rows_K, weights_K, scores).backward()
     score.score(hidden_NH @ weight_VH.T, labels_N)
+    head.loss_gradients(hidden_NH, weight_VH, labels_N, torch.ones(512, device="cuda"))
+    head.poison(scores.take(rows_K).nonfinite_rows)

@@ -58,8 +58,9 @@ class Saver:
         self._board.update(phase=TrainerPhase.SAVING)
         own = {"data": run.data.state_dict(), "rng": rng_state(run.world.device)}
         ranks = run.world.gather(own)
+        gate = run.training_step.state_dict()
         if self._checkpointer is not None:
-            report = self._checkpointer.save(run.step, _state(run, ranks))
+            report = self._checkpointer.save(run.step, _state(run, ranks, gate))
             logger.info(f"step={run.step} checkpoint={report.uri} bytes={report.size_bytes}")
         # Nobody goes on, or leaves, before the commit.
         self._board.saved(run.world.broadcast(report if run.world.rank == 0 else None))
@@ -124,11 +125,11 @@ class Saver:
             logger.warning(notice)
 
 
-def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def _state(run: Run, ranks: list[dict[str, Any]], gate: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": _tensors(run.model),
         "optimizer": run.optimizer.state_dict(),
-        "gate": run.training_step.state_dict(),
+        "gate": gate,
         "data": merge_states([rank["data"] for rank in ranks]),
         "rng": {str(number): rank["rng"] for number, rank in enumerate(ranks)},
         "position": {"step": run.step, "tokens": run.tokens},

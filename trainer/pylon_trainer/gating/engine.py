@@ -90,7 +90,8 @@ class HeadOnly:
                 x_BTD = trunk.embed(batch.tokens_BT, context.places)
             for block in trunk.blocks:
                 leaf_BTD = x_BTD.detach().requires_grad_()
-                x_BTD = block(leaf_BTD, context)
+                with torch.enable_grad():
+                    x_BTD = block(leaf_BTD, context)
                 links.append((block, leaf_BTD, x_BTD))
             with torch.no_grad():
                 hidden_ND = trunk.norm(x_BTD).flatten(0, 1)

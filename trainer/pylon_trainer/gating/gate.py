@@ -1,57 +1,126 @@
-"""The gate: which rows carry gradient at a step, with what weight. It knows scores and labels, and no model.
+"""The gate: which rows carry gradient at a step, with what weight, and whether any are left out at all. It knows scores
+and labels, and no model.
 
-Draws follow from seed, step, rank and micro-batch alone, so that a resumed run draws the same.
+Draws follow from seed, step, rank and micro-batch alone, so that a resumed run draws the same. The ratio follows from
+what was measured an interval ago (measurement.py) by a pure decision (ratio.py).
 
-Shapes: N = B * T tokens of a micro-batch, K of them chosen.
+Shapes: N = B * T tokens of a micro-batch, B sequences of T tokens, K tokens chosen.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pylon_api.run import GateDecision, GateReport
 from pylon_api.training import GatingSelection, GatingSpec, GatingStrategy
-from pylon_trainer.gating.selection import Selection, sample, top
-
-WARMUP_RATIOS = 16
-"""While the ratio falls it moves in sixteenths, so that only a few shapes occur."""
+from pylon_trainer.gating.depth import Depth
+from pylon_trainer.gating.measurement import INTERVAL_STEPS, Clock, Measurement, clock_of
+from pylon_trainer.gating.ratio import PLAIN, Belief, Control, rows_of, scheduled_ratio
+from pylon_trainer.gating.selection import Selection, build_rule, order, select
 
 
 class Gate:
-    """Chooses rows, one micro-batch after the other."""
+    """Chooses rows, one micro-batch after the other.
 
-    def __init__(self, gating: GatingSpec, *, seed: int, rank: int) -> None:
+    A step asks, in this order: `begin`; `observe` with the scores of all rows, in a plain step where `needs_scores`
+    alone; `choose` unless the ratio is 1.
+    """
+
+    def __init__(
+        self, gating: GatingSpec, *, seed: int, rank: int, device: torch.device, clock: Clock | None = None
+    ) -> None:
+        """clock: tells what steps cost; None for the device's own."""
         self._gating = gating
         self._seed = seed
         self._rank = rank
+        self._control = Control.of(gating)
+        self._belief = Belief.initial(self._control)
+        self._measurement = Measurement(self._control.ratios, build_rule(gating), device, clock or clock_of(device))
+        self._nonfinite_steps = 0
+        self._ratio = PLAIN
         self._step = -1
         self._micro_batch = 0
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether this micro-batch's scores are wanted even in a plain step."""
+        return self._step % INTERVAL_STEPS == 0
+
     def begin(self, step: int) -> float:
         """Enter a micro-batch of a step; returns the share of its tokens that shall carry gradient, 1 for a plain
-        step."""
-        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
-        self._step = step
-        return token_ratio(self._gating, step)
+        step. Collective at the first micro-batch of an interval."""
+        if step == self._step:
+            self._micro_batch += 1
+            return self._ratio
+        self._step, self._micro_batch = step, 0
+        if self.needs_scores:
+            observation, nonfinite_steps = self._measurement.turn()
+            self._belief = self._belief.after(observation, self._control)
+            self._nonfinite_steps += nonfinite_steps
+        self._ratio = scheduled_ratio(self._gating, step, self._belief.ratio)
+        self._measurement.begin(self._ratio, is_counted=not self.needs_scores)
+        return self._ratio
 
-    def choose(self, scores_N: Tensor, labelled_N: Tensor, ratio: float) -> Selection:
+    def observe(self, scores_N: Tensor, gradient_norm_N: Tensor, labelled_BT: Tensor, nonfinite_rows: Tensor) -> None:
+        """Look at the scores of this micro-batch.
+
+        nonfinite_rows: integer scalar on the device, labelled rows with a logit that is NaN or infinite.
+        """
+        self._measurement.count_nonfinite(self._step, nonfinite_rows)
+        if self.needs_scores:
+            shape = labelled_BT.shape
+            self._measurement.observe(scores_N.view(shape), gradient_norm_N.view(shape), labelled_BT, nonfinite_rows)
+
+    def choose(self, scores_N: Tensor, labelled_BT: Tensor, ratio: float) -> Selection:
         """The rows of this micro-batch that carry gradient."""
-        rows = math.ceil(ratio * len(scores_N))
-        draws = np.random.default_rng([self._seed, self._step, self._rank, self._micro_batch])
-        if self._gating.selection is GatingSelection.SAMPLED:
-            return sample(scores_N, labelled_N, rows=rows, start=float(draws.random()))
-        if self._gating.strategy is GatingStrategy.RANDOM:
+        draws = self._draws("rows")
+        start = float(draws.random())
+        if self._gating.strategy is GatingStrategy.RANDOM and self._gating.selection is GatingSelection.TOP:
             generator = torch.Generator(scores_N.device).manual_seed(int(draws.integers(2**62)))
             scores_N = torch.rand(len(scores_N), generator=generator, device=scores_N.device)
-        return top(scores_N, labelled_N, rows=rows)
+        rows = rows_of(ratio, len(scores_N))
+        return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=start)
 
+    def depth(self, scores_N: Tensor, rows_K: Tensor) -> Depth | None:
+        """How far the gradient of each chosen row goes back; None when all go to the bottom. The warm-up opens one tier
+        after the other."""
+        buckets = self._gating.depth_buckets
+        warmup_steps = self._gating.warmup_steps
+        opened = (buckets - 1) * min(self._step, warmup_steps) // warmup_steps if warmup_steps else buckets - 1
+        if opened == 0:
+            return None
+        ranks_K = order(scores_N[rows_K], torch.ones_like(rows_K, dtype=torch.bool)).argsort()
+        return Depth(ranks_K, buckets, opened, self._gating.leak_rate, float(self._draws("leaks").random()))
 
-def token_ratio(gating: GatingSpec, step: int) -> float:
-    """Share of tokens that carry gradient at a step (from 0): falls from 1 to gating.token_ratio over the warm-up."""
-    if step >= gating.warmup_steps:
-        return gating.token_ratio
-    falling = 1 - (1 - gating.token_ratio) * step / gating.warmup_steps
-    return max(gating.token_ratio, math.ceil(falling * WARMUP_RATIOS) / WARMUP_RATIOS)
+    def report(self) -> GateReport:
+        """What the gate is doing, from figures that have reached the host already; the same on every rank."""
+        ratio, is_plain = self._ratio, self._ratio == PLAIN
+        is_warming_up = self._step < self._gating.warmup_steps
+        return GateReport(
+            decision=GateDecision.PLAIN if is_plain else GateDecision.GATED,
+            reason=f"warm-up, ratio {ratio:g}" if is_warming_up else self._belief.reason,
+            ratio=ratio,
+            retained_mass=self._belief.mass.get(ratio),
+            effective_token_share=1.0 if is_plain else self._belief.share.get(ratio),
+            nonfinite_steps=self._nonfinite_steps,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that a resumed run needs to decide as this one. Collective; waits for the device."""
+        return {"belief": self._belief.to_state(), "measurement": self._measurement.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what state_dict gave on any rank; a checkpoint without a gate has nothing to restore."""
+        if not state:
+            return
+        self._belief = Belief.from_state(state["belief"])
+        self._measurement.load_state_dict(state["measurement"], rank=self._rank)
+
+    def _draws(self, purpose: str) -> np.random.Generator:
+        """Random numbers of this micro-batch, others for every purpose."""
+        return np.random.default_rng([self._seed, self._step, self._rank, self._micro_batch, *purpose.encode()])

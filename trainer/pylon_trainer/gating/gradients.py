@@ -31,6 +31,7 @@ def send_back(output: Tensor, gradient: Tensor) -> None:
     _Given.apply(output, gradient).backward()
 
 
+@torch.enable_grad()
 def go_back(
     output: Tensor, gradient: Tensor, parameters: Sequence[Parameter], sink: Sink, *leaves: Tensor
 ) -> tuple[Tensor, ...]:

@@ -1,70 +1,95 @@
-"""The head of a step: scores of all rows, then loss and gradient of the rows that carry it, in chunks of rows.
+"""The head of a step: scores of all rows, then loss and gradient of the rows that carry it; logits are never kept.
 
-The pass is cut at the hidden states, so that the logits of a large vocabulary never live at once and the blocks below
-are somebody else's business.
+The pass is cut at the hidden states, so that the blocks below are somebody else's business. All arithmetic is that of
+`kernels.head`; this is where it meets parameters: the weight is multiplied out, if it is factorised, and cast to the
+type of the products once for a micro-batch, and its gradient goes back the same way.
 
-Shapes: N = B * T tokens of a micro-batch, K of them chosen, D hidden width, V vocabulary, C rows of one chunk.
+Shapes: N = B * T tokens of a micro-batch, K of them chosen, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
-from pylon_trainer.gating.scores import Score
+from pylon_trainer.gating.gradients import Sink, go_back
+from pylon_trainer.kernels import head
+from pylon_trainer.kernels.score import CrossEntropy, Scores
 from pylon_trainer.models import Transformer
-from pylon_trainer.step import IGNORED
 
-LOGITS_PER_CHUNK = 2**25
-"""Logits of one chunk: 128 MiB in float32, enough rows to keep a GPU busy at any vocabulary."""
+
+class HeadResult(NamedTuple):
+    """What the head's backward pass gave."""
+
+    loss_sum: Tensor
+    """float32 scalar: weighted sum of the rows' losses, nats; NaN when nonfinite_rows is not 0."""
+    gradient_KD: Tensor
+    """Of loss_sum / global_tokens, in the hidden states' type; NaN when nonfinite_rows is not 0."""
+    nonfinite_rows: Tensor
+    """int32 scalar: labelled rows with a logit that is NaN or infinite, of those that were looked at."""
 
 
 class Head:
-    """From hidden states to what the step needs of them."""
+    """The head during one micro-batch; the next one opens its own, as parameters may have moved."""
 
-    def __init__(self, model: Transformer, autocast: Callable[[], AbstractContextManager[object]]) -> None:
+    def __init__(self, model: Transformer, precision: torch.dtype | None) -> None:
+        """precision: type of the products under autocast; None runs them in the parameters' own."""
         self._model = model
-        self._autocast = autocast
+        device = model.embedding.weight.device.type
+        with torch.autocast(device, dtype=precision, enabled=precision is not None, cache_enabled=False):
+            self._weight_VD = model.head_weight
+        self._product_VD = self._weight_VD.detach().to(precision or self._weight_VD.dtype)
 
-    @torch.no_grad()
-    def judge(self, hidden_ND: Tensor, labels_N: Tensor, judges: list[Score]) -> list[Tensor]:
-        """What each judge says of every row, from the logits without gradient; 0 where there is no label."""
-        rows = self._rows_per_chunk()
-        verdicts: list[list[Tensor]] = []
-        for hidden_CD, labels_C in zip(hidden_ND.split(rows), labels_N.split(rows), strict=True):
-            logits_CV = self._logits(hidden_CD)
-            labelled_C = labels_C != IGNORED
-            known_C = labels_C.clamp_min(0)
-            verdicts.append([torch.where(labelled_C, judge(logits_CV, known_C), 0.0) for judge in judges])
-        return [torch.cat(parts) for parts in zip(*verdicts, strict=True)]
+    def score(self, hidden_ND: Tensor, labels_N: Tensor) -> Scores:
+        """Scores of every row."""
+        return head.score(self._product_type(hidden_ND), self._product_VD, labels_N)
+
+    def cross_entropy(self, hidden_ND: Tensor, labels_N: Tensor) -> CrossEntropy:
+        """The loss of every row alone."""
+        return head.cross_entropy(self._product_type(hidden_ND), self._product_VD, labels_N)
 
     def backward(
-        self, hidden_KD: Tensor, labels_K: Tensor, weights_K: Tensor, global_tokens: int
-    ) -> tuple[Tensor, Tensor]:
-        """Adds to the gradients of the head's parameters; returns the weighted loss and the gradient at the rows,
-        K x D."""
-        rows = self._rows_per_chunk()
-        loss_sum = weights_K.new_zeros(())
-        gradients = []
-        for hidden_CD, labels_C, weights_C in zip(
-            hidden_KD.split(rows), labels_K.split(rows), weights_K.split(rows), strict=True
-        ):
-            leaf_CD = hidden_CD.detach().requires_grad_()
-            losses_C = F.cross_entropy(self._logits(leaf_CD), labels_C, ignore_index=IGNORED, reduction="none")
-            loss = (losses_C * weights_C).sum()
-            (loss / max(global_tokens, 1)).backward()
-            loss_sum += loss.detach()
-            assert leaf_CD.grad is not None
-            gradients.append(leaf_CD.grad)
-        return loss_sum, torch.cat(gradients)
+        self,
+        hidden_KD: Tensor,
+        labels_K: Tensor,
+        weights_K: Tensor,
+        global_tokens: int,
+        sink: Sink,
+        scores_K: Scores | None = None,
+    ) -> HeadResult:
+        """Loss and gradient of rows; gives the sink the gradients of the head's parameters.
 
-    def _logits(self, hidden_CD: Tensor) -> Tensor:
-        with self._autocast():
-            return self._model.head(hidden_CD).float()
+        weights_K: float32. scores_K: what `score` gave for these rows (`Scores.take`), or None, which costs a product
+        less than scoring them first.
+        """
+        arguments = self._product_type(hidden_KD), self._product_VD, labels_K
+        scale_K = weights_K / max(global_tokens, 1)
+        wants_weight = self._weight_VD.requires_grad
+        if scores_K is None:
+            losses_K, gradient_KD, d_weight_VD, nonfinite_rows = head.loss_gradients(
+                *arguments, scale_K, wants_weight=wants_weight
+            )
+        else:
+            losses_K, nonfinite_rows = scores_K.loss_N, scores_K.nonfinite_rows
+            scale_K = scale_K * head.poison(nonfinite_rows)
+            gradient_KD, d_weight_VD = head.known_gradients(
+                *arguments, scale_K, scores_K.logsumexp_N, wants_weight=wants_weight
+            )
+        if d_weight_VD is not None:
+            self._give(d_weight_VD, sink)
+        loss_sum = weights_K @ losses_K * head.poison(nonfinite_rows)
+        return HeadResult(loss_sum, gradient_KD.to(hidden_KD.dtype), nonfinite_rows)
 
-    def _rows_per_chunk(self) -> int:
-        return max(1, LOGITS_PER_CHUNK // self._model.vocab_size)
+    def _product_type(self, hidden: Tensor) -> Tensor:
+        return hidden.detach().to(self._product_VD.dtype)
+
+    def _give(self, d_weight_VD: Tensor, sink: Sink) -> None:
+        """The weight's gradient to its parameter, or on to the factors that it was multiplied from."""
+        gradient_VD = d_weight_VD.to(self._weight_VD.dtype)
+        if isinstance(self._weight_VD, Parameter):
+            sink(self._weight_VD, gradient_VD)
+        else:
+            go_back(self._weight_VD, gradient_VD, list(self._model.parameters()), sink)

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, K chosen rows, D hidden width, J key and value he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from pylon_trainer.gating.trunk import Block
 from pylon_trainer.models.context import Context
 
 Piece = TypeVar("Piece", bound=Callable[..., object])
+Backend = str | Callable[..., Any] | None
+"""Of torch.compile; None compiles nothing."""
 
 
 class Kept(NamedTuple):
@@ -34,11 +36,11 @@ class Kept(NamedTuple):
 class Pieces:
     """The three functions, compiled or as they are."""
 
-    def __init__(self, compile_backend: str | None) -> None:
-        self._is_compiled = compile_backend is not None
-        self.run = _compiled(_run, compile_backend)
-        self.keys_values = _compiled(_keys_values, compile_backend)
-        self._run_rows = _compiled(_run_rows, compile_backend)
+    def __init__(self, backend: Backend) -> None:
+        self._is_compiled = backend is not None
+        self.run = _compiled(_run, backend)
+        self.keys_values = _compiled(_keys_values, backend)
+        self._run_rows = _compiled(_run_rows, backend)
 
     def run_rows(self, block: Block, x_1KD: Tensor, rows: Rows, kept: Kept, precision: torch.dtype | None) -> Tensor:
         """The block's output at the chosen rows, 1 x K x D."""
@@ -72,7 +74,7 @@ def _keys_values(
     return block.keys_values(x_BTD, RecallingContext.like(context, precision, known))
 
 
-def _compiled(piece: Piece, backend: str | None) -> Piece:
+def _compiled(piece: Piece, backend: Backend) -> Piece:
     return piece if backend is None else cast("Piece", torch.compile(piece, backend=backend, fullgraph=True))
 
 

@@ -13,7 +13,7 @@ from pylon_api.training import KvGradient, RowActivations
 from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.ends import Autocast, Back, Ends, precision_of
 from pylon_trainer.gating.gradients import Sink, go_back
-from pylon_trainer.gating.pieces import Kept, Pieces
+from pylon_trainer.gating.pieces import Backend, Kept, Pieces
 from pylon_trainer.gating.rows import Rows
 from pylon_trainer.gating.trunk import Block, Trunk
 from pylon_trainer.models.context import Context
@@ -30,7 +30,7 @@ class SinglePass:
         *,
         activations: RowActivations,
         kv_gradient: KvGradient,
-        compile_backend: str | None,
+        compile_backend: Backend,
     ) -> None:
         self._trunk = trunk
         self._autocast = autocast

@@ -14,13 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pylon_api.run import GateDecision, GateReport
 from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
+from pylon_trainer.gating import difficulty
+from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
 from pylon_trainer.gating.gate import Gate
 from pylon_trainer.gating.gradients import accumulate, send_back
 from pylon_trainer.gating.head import Head
-from pylon_trainer.gating.scores import SCORES
-from pylon_trainer.gating.scores import loss as losses
+from pylon_trainer.gating.ratio import PLAIN
+from pylon_trainer.gating.scores import judge
+from pylon_trainer.kernels.head import poison
+from pylon_trainer.kernels.score import Scores
 from pylon_trainer.models import Transformer
 from pylon_trainer.step import IGNORED, Batch, StepResult, TrainingStep
 
@@ -46,25 +51,36 @@ class PlainStep:
         self.model: Transformer = model
         self._device = device
         self._precision = precision
-        self._head = Head(model, self._autocast)
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:  # noqa: ARG002
         """As TrainingStep has it."""
-        hidden_ND = self._hidden(batch)
+        return self._finish(self._head(), self._hidden(batch), batch, global_tokens)
+
+    def _finish(
+        self, head: Head, hidden_ND: Tensor, batch: Batch, global_tokens: int, scores: Scores | None = None
+    ) -> StepResult:
+        """Loss and backward pass of every row; scores: those that are known already."""
         labels_N = batch.labels_BT.flatten()
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
-        loss_sum, gradient_ND = self._head.backward(hidden_ND.detach(), labels_N, weights_N, global_tokens)
+        loss_sum, gradient_ND, nonfinite_rows = head.backward(
+            hidden_ND, labels_N, weights_N, global_tokens, accumulate, scores
+        )
         send_back(hidden_ND, gradient_ND)
         tokens = (labels_N != IGNORED).sum()
-        return StepResult(loss_sum, tokens, tokens)
+        tally = None if scores is None else _tally(scores, labels_N)
+        return StepResult(loss_sum, tokens, tokens, nonfinite_rows, tally)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:
         """As TrainingStep has it."""
         labels_N = batch.labels_BT.flatten()
-        losses_N = self._head.judge(self._hidden(batch), labels_N, [losses])[0]
+        losses_N, _, nonfinite_rows = self._head().cross_entropy(self._hidden(batch), labels_N)
         tokens = (labels_N != IGNORED).sum()
-        return StepResult(losses_N.sum(), tokens, torch.zeros_like(tokens))
+        return StepResult(losses_N.sum() * poison(nonfinite_rows), tokens, torch.zeros_like(tokens), nonfinite_rows)
+
+    def report(self) -> GateReport | None:
+        """None: there is no gate."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: everything follows from seed, step and rank."""
@@ -77,6 +93,9 @@ class PlainStep:
         return torch.autocast(
             self._device.type, dtype=self._precision, enabled=self._precision is not None, cache_enabled=False
         )
+
+    def _head(self) -> Head:
+        return Head(self.model, self._precision)
 
     def _hidden(self, batch: Batch) -> Tensor:
         with self._autocast():
@@ -96,20 +115,60 @@ class GatedStep(PlainStep):
     ) -> None:
         super().__init__(model, device, precision)
         self._engine = build_engine(model, training, self._autocast)
-        self._score = SCORES[training.gating.strategy]
+        self._training = training
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._gate = Gate(training.gating, seed=training.seed, rank=rank)
+        self._gate = Gate(training.gating, seed=training.seed, rank=rank, device=device)
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
         """As TrainingStep has it."""
         ratio = self._gate.begin(step)
-        if ratio == 1:
-            return super().forward_backward(batch, global_tokens=global_tokens, step=step)
+        head, labels_N, labelled_BT = self._head(), batch.labels_BT.flatten(), batch.labels_BT != IGNORED
+        if ratio == PLAIN:
+            hidden_ND = self._hidden(batch)
+            scores = self._look(head, hidden_ND, batch)[0] if self._gate.needs_scores else None
+            return self._finish(head, hidden_ND, batch, global_tokens, scores)
         hidden_ND, back = self._engine.forward(batch)
-        labels_N = batch.labels_BT.flatten()
-        losses_N, scores_N = self._head.judge(hidden_ND, labels_N, [losses, self._score])
-        rows_K, weights_K = self._gate.choose(scores_N, labels_N != IGNORED, ratio)
-        _, gradient_KD = self._head.backward(hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens)
-        back(rows_K, gradient_KD, accumulate)
-        tokens = (labels_N != IGNORED).sum()
-        return StepResult(losses_N.sum(), tokens, tokens.clamp_max(len(rows_K)))
+        scores, scores_N = self._look(head, hidden_ND, batch)
+        rows_K, weights_K = self._gate.choose(scores_N, labelled_BT, ratio)
+        _, gradient_KD, nonfinite_rows = head.backward(
+            hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens, accumulate, scores.take(rows_K)
+        )
+        back(rows_K, gradient_KD, accumulate, self._gate.depth(scores_N, rows_K))
+        tokens = labelled_BT.sum()
+        loss_sum = scores.loss_N.sum() * poison(nonfinite_rows)
+        tally = _tally(scores, labels_N)
+        return StepResult(loss_sum, tokens, tokens.clamp_max(len(rows_K)), nonfinite_rows, tally)
+
+    def _look(self, head: Head, hidden_ND: Tensor, batch: Batch) -> tuple[Scores, Tensor]:
+        """Scores of all rows, and the one that the gate goes by; the gate has seen them."""
+        scores = head.score(hidden_ND, batch.labels_BT.flatten())
+        scores_N = judge(self._training.gating.strategy, scores)
+        self._gate.observe(scores_N, scores.gradient_norm_N, batch.labels_BT != IGNORED, scores.nonfinite_rows)
+        return scores, scores_N
+
+    def report(self) -> GateReport:
+        """As TrainingStep has it: what the gate says, and what its ratio spares with this model and engine."""
+        report = self._gate.report()
+        if report.decision is GateDecision.PLAIN:
+            return report
+        training = self._training
+        saved = saved_flops_ratio(
+            self.model.spec,
+            training.gating,
+            vocab_size=self.model.vocab_size,
+            sequence_length=training.data.sequence_length,
+            ratio=report.ratio,
+        )
+        return report.model_copy(update={"saved_flops_ratio": saved})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As TrainingStep has it: what the gate knows."""
+        return self._gate.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As TrainingStep has it."""
+        self._gate.load_state_dict(state)
+
+
+def _tally(scores: Scores, labels_N: Tensor) -> Tensor:
+    return difficulty.measure(scores.gradient_norm_N, scores.entropy_N, labels_N != IGNORED)

@@ -16,7 +16,7 @@ from pylon_api.training import RowActivations
 from pylon_trainer.gating.depth import Depth, blocks_over
 from pylon_trainer.gating.ends import Autocast, Back, Ends, precision_of
 from pylon_trainer.gating.gradients import Sink, go_back
-from pylon_trainer.gating.pieces import Kept, Pieces
+from pylon_trainer.gating.pieces import Backend, Kept, Pieces
 from pylon_trainer.gating.rows import Rows
 from pylon_trainer.gating.trunk import Trunk
 from pylon_trainer.step import Batch
@@ -32,7 +32,7 @@ class TwoPass:
         *,
         activations: RowActivations,
         depth_buckets: int,
-        compile_backend: str | None,
+        compile_backend: Backend,
     ) -> None:
         self._trunk = trunk
         self._autocast = autocast

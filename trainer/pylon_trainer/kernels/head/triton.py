@@ -25,6 +25,7 @@ from pylon_trainer.step import IGNORED
 
 STATISTICS = 5
 TMA_ALIGNMENT_BYTES = 16
+GRADIENT_BLOCK = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +144,24 @@ def _join_kernel(
 
 
 @triton.jit
+def _logit_gradient(x, c, logsumexp, label, weight):
+    p = tl.exp2((x.to(tl.float32) - logsumexp) * LOG2_E)
+    return ((p - (c == label).to(tl.float32)) * weight).to(x.dtype)
+
+
+@triton.jit
 def _logit_gradient_kernel(logits_KC, logsumexp_K, labels_K, weights_K, C, stride_K, BLOCK: tl.constexpr):
     k = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * BLOCK
+    c = start + tl.arange(0, BLOCK)
     at = logits_KC + k.to(tl.int64) * stride_K + c
-    p = tl.exp2((tl.load(at, mask=c < C, other=LOWEST).to(tl.float32) - tl.load(logsumexp_K + k)) * LOG2_E)
-    gradient = (p - (c == tl.load(labels_K + k)).to(tl.float32)) * tl.load(weights_K + k)
-    tl.store(at, gradient.to(logits_KC.dtype.element_ty), mask=c < C)
+    logsumexp, label, weight = tl.load(logsumexp_K + k), tl.load(labels_K + k), tl.load(weights_K + k)
+    # Only the last block has a mask, which where C is odd would break up the loads of all others.
+    if start + BLOCK <= C:
+        tl.store(at, _logit_gradient(tl.load(at), c, logsumexp, label, weight))
+    else:
+        x = tl.load(at, mask=c < C, other=0.0)
+        tl.store(at, _logit_gradient(x, c, logsumexp, label, weight), mask=c < C)
 
 
 def score(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Scores:
@@ -184,10 +196,10 @@ def score_tiled(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, tiling: 
 
 def logit_gradient_(logits_KC: Tensor, logsumexp_K: Tensor, labels_K: Tensor, weights_K: Tensor) -> None:
     """As `reference.logit_gradient_`, in one pass."""
-    (K, C), block = logits_KC.shape, 2048
+    K, C = logits_KC.shape
     if K and C:
-        _logit_gradient_kernel[(K, triton.cdiv(C, block))](
-            logits_KC, logsumexp_K, labels_K, weights_K, C, logits_KC.stride(0), BLOCK=block
+        _logit_gradient_kernel[(K, triton.cdiv(C, GRADIENT_BLOCK))](
+            logits_KC, logsumexp_K, labels_K, weights_K, C, logits_KC.stride(0), BLOCK=GRADIENT_BLOCK
         )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from pylon_trainer.kernels.score import reference
-from pylon_trainer.kernels.score.reference import Scores
+from pylon_trainer.kernels.score.reference import CrossEntropy, Scores
 
-__all__ = ["Scores", "score"]
+__all__ = ["CrossEntropy", "Scores", "cross_entropy", "score"]
 
 
 def score(logits_NV: Tensor, labels_N: Tensor) -> Scores:
@@ -22,15 +22,33 @@ def score(logits_NV: Tensor, labels_N: Tensor) -> Scores:
 
     Raises ValueError when shapes, types or strides do not fit.
     """
+    logits_NV, labels_N = _checked(logits_NV, labels_N)
+    if logits_NV.is_cuda:
+        from pylon_trainer.kernels.score import triton as fused
+
+        return fused.score(logits_NV, labels_N)
+    return reference.score(logits_NV, labels_N)
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> CrossEntropy:
+    """Loss and logsumexp of every row, as `score` has them.
+
+    On CUDA it is the same kernel: one look at each logit is what both cost.
+    """
+    logits_NV, labels_N = _checked(logits_NV, labels_N)
+    if logits_NV.is_cuda:
+        from pylon_trainer.kernels.score import triton as fused
+
+        scores = fused.score(logits_NV, labels_N)
+        return CrossEntropy(scores.loss_N, scores.logsumexp_N, scores.nonfinite_rows)
+    return reference.cross_entropy(logits_NV, labels_N)
+
+
+def _checked(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     if logits_NV.ndim != 2 or labels_N.shape != logits_NV.shape[:1]:
         raise ValueError(
             f"score: logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)} must be (N, V) and (N,)"
         )
     if not logits_NV.is_floating_point() or logits_NV.dtype.itemsize > 4:
         raise ValueError(f"score: logits are {logits_NV.dtype}; give float32, bfloat16 or float16")
-    logits_NV, labels_N = logits_NV.detach(), labels_N.detach()
-    if logits_NV.is_cuda:
-        from pylon_trainer.kernels.score import triton as fused
-
-        return fused.score(logits_NV, labels_N)
-    return reference.score(logits_NV, labels_N)
+    return logits_NV.detach(), labels_N.detach()
