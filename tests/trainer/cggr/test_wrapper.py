@@ -67,7 +67,9 @@ def test_the_upper_blocks_get_the_whole_gradient() -> None:
     # The keys and values of the highest block feed nobody below it.
     for name in ("lm_head.weight", "model.norm.weight", "model.layers.2.mlp.down_proj.weight"):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=2e-5)
-    assert not torch.allclose(actual["model.layers.0.mlp.down_proj.weight"], expected["model.layers.0.mlp.down_proj.weight"])
+    assert not torch.allclose(
+        actual["model.layers.0.mlp.down_proj.weight"], expected["model.layers.0.mlp.down_proj.weight"]
+    )
 
 
 def test_leaked_rows_keep_the_lower_gradient_unbiased() -> None:
@@ -117,7 +119,8 @@ def test_outside_training_it_is_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [({"num_buckets": 0}, "num_buckets"), ({"leak_rate": 2}, "leak_rate"), ({"warmup_steps": -1}, "warmup")]
+    ("options", "named"),
+    [({"num_buckets": 0}, "num_buckets"), ({"leak_rate": 2}, "leak_rate"), ({"warmup_steps": -1}, "warmup")],
 )
 def test_numbers_that_cannot_be_are_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):

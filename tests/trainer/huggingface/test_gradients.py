@@ -86,6 +86,27 @@ def test_chosen_rows_give_the_gradients_of_a_dense_pass_that_is_cut(
     assert_same(actual, gradients(model))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("activations", ["Keep", "Recompute"])
+def test_dense_gradients_of_keys_and_values_are_exact_in_the_highest_layer(
+    family: str, activations: str, chosen: list[Any]
+) -> None:
+    model, batch = model_of(family), batch_of()
+    enable(model, 0.4, kv_gradient="Dense", row_activations=activations)
+    model(**batch).loss.backward()
+    actual = gradients(model)
+    model.zero_grad()
+    pylon.disable(model)
+    labels_BT = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    losses_BT = F.cross_entropy(model(batch["input_ids"]).logits.transpose(1, 2), labels_BT, reduction="none")
+    [selection] = chosen
+    weighted_K = losses_BT.flatten()[selection.rows_K] * selection.weights_K
+    (weighted_K.sum() / (labels_BT != -100).sum()).backward()
+    highest = {name: gradient for name, gradient in gradients(model).items() if ".2." in name}
+    assert len(highest) >= 9
+    assert_same({name: actual[name] for name in highest}, highest)
+
+
 def test_the_loss_that_is_reported_is_that_of_all_tokens() -> None:
     model, batch = model_of(), batch_of()
     expected = model(**batch).loss

@@ -36,7 +36,6 @@ def stranger() -> Any:
         (model_of, {"token_ratio": 1.5}, ["token_ratio", "1.5"]),
         (model_of, {"strategy": "Hardest"}, ["strategy", "Hardest", "GradientNorm"]),
         (model_of, {"token_ration": 0.5}, ["token_ration", "unknown field"]),
-        (model_of, {"kv_gradient": "Dense"}, ["kv_gradient", "Dense", "Truncated"]),
         (model_of, {"strategy": "Disabled"}, ["strategy", "Disabled", "disable()"]),
         (model_of, {"granularity": "Sequence", "engine": "HeadOnly"}, ["granularity", "CGGRModel"]),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from tiny_models import LENGTH, VOCABULARY, model_of, tokens_of
 from torch import Tensor
 
 import pylon_trainer.huggingface as pylon
-from pylon_trainer.errors import ConfigError
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 

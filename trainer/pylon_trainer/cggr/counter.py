@@ -20,7 +20,7 @@ class CountingModule(nn.Module):
         super().__init__()
         self._steps = 0
         self.register_buffer(self._count_name, torch.zeros((), dtype=torch.int64))
-        self.register_load_state_dict_post_hook(_read_count)
+        self.register_load_state_dict_post_hook(_read_count)  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Count an optimizer step."""

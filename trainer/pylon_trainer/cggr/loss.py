@@ -1,4 +1,4 @@
-"""CGGRLoss: cross entropy of the tokens that a gate chooses, on logits or, fused, on hidden states and the head's weight.
+"""CGGRLoss: cross entropy of the tokens that a gate chooses, on logits or, fused, on hidden states and head weight.
 
 On logits only the loss's own backward pass shrinks; the model's costs what it costs. On hidden states logits are never
 written, and of the head's backward pass the chosen rows alone are left. What shrinks the whole step is CGGRModel.
@@ -31,7 +31,7 @@ class CGGRLoss(CountingModule):
 
     scoring: entropy, margin, loss, combined, difficulty, gradient_norm or random. selection: topk, stratified,
     sequence_aware, fixed_quota (topk at a fixed ratio) or sampled (unbiased). dynamic_threshold: let the ratio follow
-    the gradient mass by up to threshold_sensitivity of itself. base_loss: loss per row of logits, cross entropy if None.
+    the gradient mass by up to threshold_sensitivity of itself. base_loss: loss per row of logits; None: cross entropy.
 
     Raises ValueError for names and numbers that cannot be.
     """
@@ -109,7 +109,7 @@ class CGGRLoss(CountingModule):
         if not self.training:
             return all_rows(labelled_BT), PLAIN
         if self._gate is None:
-            self._gate = build_gate(self._gating, self._seed, labelled_BT.device)
+            self._gate = build_gate(self._gating, seed=self._seed, device=labelled_BT.device)
         gate, scores_N = self._gate, judge(self._gating.strategy, scores)
         ratio = gate.begin(self._steps)
         gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
@@ -124,6 +124,7 @@ class CGGRLoss(CountingModule):
         if head_weight is not None:
             return head.selected_cross_entropy(rows_NX, head_weight, labels_N, rows_K, weights_K, scores)
         logits_KV, labels_K = rows_NX.index_select(0, rows_K), labels_N[rows_K]
+        losses_K: Tensor
         if self.base_loss is not None:
             losses_K = self.base_loss(logits_KV, labels_K)
         else:

@@ -77,7 +77,7 @@ class CGGRModel(CountingModule):
         layers = len(layers_of(model, family_of(model)))
         # In a tuple, where torch does not look for modules: a router owns nothing of its own.
         self._router = (router or create_truncated_router(model, max(1, layers // 4)),)
-        self._gate = build_gate(gating, seed, model.device)
+        self._gate = build_gate(gating, seed=seed, device=model.device)
         self._by_tokens = GatedModel(model, gating.model_copy(update={"engine": GatingEngine.SINGLE_PASS}), seed)
         self._metrics: Metrics | None = None
 
@@ -111,7 +111,9 @@ class CGGRModel(CountingModule):
         if gated.last is not None:
             scores, selection = gated.last
             selected_K = selection.weights_K > 0
-            self._metrics = Metrics(self._steps, gated.report().ratio, selected_K, _shifted(labels_BT).flatten(), scores)
+            self._metrics = Metrics(
+                self._steps, gated.report().ratio, selected_K, _shifted(labels_BT).flatten(), scores
+            )
         return loss
 
     def _loss_by_sequences(self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -135,11 +137,9 @@ class CGGRModel(CountingModule):
         return weighted_sum / divisor.clamp_min(1)
 
     @torch.no_grad()
-    def _score(
-        self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]
-    ) -> tuple[Scores, Tensor, Tensor]:
+    def _score(self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]) -> tuple[Scores, Tensor, Tensor]:
         """Scores of the tokens looked at, and of every sequence the mean of its score and of its gradient norm."""
-        (router,) = self._router
+        router: Any = self._router[0]
         looked_BS = _looked_at(labels_BT != IGNORED)
         labels_BS = labels_BT.gather(1, looked_BS)
         fused = isinstance(router, TruncatedRouter)

@@ -2,8 +2,8 @@
 
 With 4 buckets the gradient of the hardest quarter goes back over all blocks, that of the others ends after the upper
 75, 50 and 25 %, and rows that have ended are gathered out, so the cost falls with them. Other than in the published
-library `leak_rate` is the share of the ended rows that go on all the same, weighted by its inverse, so that the gradient
-of the lower blocks stays unbiased; there it damps the gradient of all. 0 and 1 mean the same in both.
+library `leak_rate` is the share of the ended rows that go on all the same, weighted by its inverse, so that the
+gradient of the lower blocks stays unbiased; there it damps the gradient of all. 0 and 1 mean the same in both.
 
 Shapes: B sequences, T tokens, N = B * T, D hidden width, V vocabulary.
 """
@@ -76,7 +76,7 @@ class CGGRWrapper(CountingModule):
         progress = 1.0 if self.warmup_steps == 0 else min(1.0, self._steps / self.warmup_steps)
         return int(progress * (self.num_buckets - 1))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *positional: Any, **named: Any) -> Any:
         """What the model gives: logits, and a loss where labels are given."""
         arguments = dict(zip(self._argument_names, positional, strict=False)) | named
@@ -115,7 +115,9 @@ class CGGRWrapper(CountingModule):
         loss = None
         if has_labels:
             items = (labels_BT != IGNORED).sum().clamp_min(1) if request.items is None else request.items
-            loss = F.cross_entropy(logits_NV.float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum") / items
+            loss = (
+                F.cross_entropy(logits_NV.float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum") / items
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits_NV.view(*labels_BT.shape, -1))
 
     def _ranks(self, logits_NV: Tensor, labels_N: Tensor, has_labels: bool) -> Tensor:

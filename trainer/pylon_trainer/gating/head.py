@@ -9,7 +9,8 @@ Shapes: N = B * T tokens of a micro-batch, K of them chosen, D hidden width, V v
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,19 @@ from torch.nn import Parameter
 from pylon_trainer.gating.gradients import Sink, go_back
 from pylon_trainer.kernels import head
 from pylon_trainer.kernels.score import CrossEntropy, Scores
-from pylon_trainer.models import Transformer
+
+
+class HeadOwner(Protocol):
+    """A model, or what stands for one."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """V x D; with a graph if it is multiplied out."""
+        ...
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Those that head_weight depends on, among others."""
+        ...
 
 
 class HeadResult(NamedTuple):
@@ -35,10 +48,10 @@ class HeadResult(NamedTuple):
 class Head:
     """The head during one micro-batch; the next one opens its own, as parameters may have moved."""
 
-    def __init__(self, model: Transformer, precision: torch.dtype | None) -> None:
+    def __init__(self, model: HeadOwner, precision: torch.dtype | None) -> None:
         """precision: type of the products under autocast; None runs them in the parameters' own."""
         self._model = model
-        device = model.embedding.weight.device.type
+        device = next(model.parameters()).device.type
         with torch.autocast(device, dtype=precision, enabled=precision is not None, cache_enabled=False):
             self._weight_VD = model.head_weight
         self._product_VD = self._weight_VD.detach().to(precision or self._weight_VD.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from pylon_trainer.models.transformer import Context
+from pylon_trainer.models.context import Context
 
 NAME = "pylon"
 """Under which `config._attn_implementation` finds it."""

@@ -76,7 +76,7 @@ def layers_of(model: nn.Module, family: Family) -> list[nn.Module]:
 def window_of(layer: nn.Module) -> int | None:
     """Tokens that a token of this layer sees, itself included; None without a limit."""
     attention = getattr(layer, "self_attn", None)
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[union-attr, return-value]
     # Mistral reads its one window from the configuration; Llama and GPT-2 have none.
-    return getattr(getattr(attention, "config", None), "sliding_window", None)
+    holder = attention if hasattr(attention, "sliding_window") else getattr(attention, "config", None)
+    window: int | None = getattr(holder, "sliding_window", None)
+    return window

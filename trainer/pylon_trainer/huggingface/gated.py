@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pylon_api.run import GateReport
 from pylon_api.training import GatingSpec
+from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.gate import build_gate
 from pylon_trainer.gating.gradients import Sink
 from pylon_trainer.gating.head import Head
@@ -35,7 +36,7 @@ from pylon_trainer.step import IGNORED
 
 
 @dataclass
-class GatedOutput(CausalLMOutputWithPast):  # type: ignore[misc]  # transformers is untyped here
+class GatedOutput(CausalLMOutputWithPast):
     """A loss without logits. Beside it, what TRL's trainers read of each token, zero where there is no label."""
 
     log_probs: Tensor | None = None
@@ -65,7 +66,7 @@ class GatedModel:
         self._usual = model.forward
         self._argument_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._engine = ModelEngine(model, gating)
-        self._gate = build_gate(gating, seed, model.device)
+        self._gate = build_gate(gating, seed=seed, device=model.device)
 
     def report(self) -> GateReport:
         """What the gate does, and why."""
@@ -77,7 +78,7 @@ class GatedModel:
         figures = {"gate_ratio": report.ratio, "gate_retained_mass": report.retained_mass}
         return {name: figure for name, figure in figures.items() if figure is not None}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *positional: Any, **named: Any) -> Any:
         """What the model's own forward gives, with its gradient spent on the rows that the gate chooses."""
         self.calls += 1
@@ -112,21 +113,22 @@ class GatedModel:
         labels_N = request.batch.labels_BT.flatten()
         head = Head(self._engine.trunk, self._engine.precision)
         scores = head.score(hidden_ND, labels_N)
-        selection = self._choose(scores, labelled_BT, ratio)
-        rows_K, weights_K = selection.rows_K, selection.weights_K
+        selection, depth = self._choose(scores, labelled_BT, ratio)
         self.last = scores, selection
+        rows_K, weights_K = selection
 
         def way_back(gradient_N: Tensor, sink: Sink) -> None:
             # What the loss was divided or multiplied by is in the gradient.
             weighted_K = weights_K * gradient_N[rows_K]
             result = head.backward(hidden_ND[rows_K], labels_N[rows_K], weighted_K, 1, sink, scores.take(rows_K))
-            back(rows_K, result.gradient_KD, sink)
+            back(rows_K, result.gradient_KD, sink, depth)
 
         return detour(scores.loss_N, way_back, self._engine.trainable()), scores
 
-    def _choose(self, scores: Scores, labelled_BT: Tensor, ratio: float) -> Selection:
+    def _choose(self, scores: Scores, labelled_BT: Tensor, ratio: float) -> tuple[Selection, Depth | None]:
         scores_N = judge(self._gating.strategy, scores)
         self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
         if ratio == PLAIN:
-            return all_rows(labelled_BT)
-        return self._gate.choose(scores_N, labelled_BT, ratio)
+            return all_rows(labelled_BT), None
+        selection = self._gate.choose(scores_N, labelled_BT, ratio)
+        return selection, self._gate.depth(scores_N, selection.rows_K)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from pylon_api.manifest import describe
-from pylon_api.training import GatingEngine, GatingGranularity, GatingSpec, GatingStrategy, KvGradient
+from pylon_api.training import GatingEngine, GatingGranularity, GatingSpec, GatingStrategy
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.huggingface.gated import GatedModel
 
@@ -25,7 +25,7 @@ _PLACE = "_pylon"
 
 
 def enable(model_or_trainer: Any, *, seed: int = 0, **options: Any) -> GatedModel:
-    """Gate the training steps of a model, or of a trainer's model; returns the gate, whose `report()` tells what it does.
+    """Gate the training steps of a model, or of a trainer's model. Returns the gate; its `report()` tells what it does.
 
     options: fields of `spec.training.gating` in snake_case (docs/reference of GatingSpec), such as target_mass=0.9 or
     ratio_control="Fixed", token_ratio=0.25. Unless said otherwise the strategy is GradientNorm and the engine
@@ -74,7 +74,7 @@ def disable(model_or_trainer: Any) -> None:
         model_or_trainer.remove_callback(_Follow)
 
 
-class _Follow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+class _Follow(TrainerCallback):
     """Tells the gate which step a resumed run is at, and adds the gate's figures to what the trainer logs."""
 
     def __init__(self, gated: GatedModel) -> None:
@@ -91,22 +91,20 @@ class _Follow(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
 def _inner(model_or_trainer: Any) -> Any:
     """The causal language model inside a trainer and inside PEFT's adapters."""
-    model = getattr(model_or_trainer, "model", None) if hasattr(model_or_trainer, "add_callback") else model_or_trainer
+    model: Any = model_or_trainer.model if hasattr(model_or_trainer, "add_callback") else model_or_trainer
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _spec(options: Mapping[str, Any]) -> GatingSpec:
     defaults = {"strategy": GatingStrategy.GRADIENT_NORM, "engine": GatingEngine.SINGLE_PASS}
     try:
-        spec = GatingSpec.model_validate(defaults | options)
+        spec = GatingSpec.model_validate({**defaults, **options})
     except ValidationError as error:
         raise ConfigError("; ".join(describe(error))) from error
     if spec.strategy is GatingStrategy.OFF:
         raise ConfigError("strategy: Disabled gates nothing; call disable() instead")
     if spec.granularity is GatingGranularity.SEQUENCE:
         raise ConfigError("granularity: Sequence is what pylon_trainer.cggr.CGGRModel does; use Token here")
-    if spec.kv_gradient is KvGradient.DENSE:
-        raise ConfigError("kv_gradient: Dense needs blocks that give keys and values alone; use Truncated")
     return spec
 
 

@@ -102,7 +102,9 @@ def _after_padding(mask_BT: Tensor, places_T: Tensor) -> Tensor | None:
     first_B1 = real_BT.int().argmax(dim=-1, keepdim=True)
     last_B1 = places_T[-1] - real_BT.flip(-1).int().argmax(dim=-1, keepdim=True)
     inside_BT = (places_T >= first_B1) & (places_T <= last_B1)
-    has_holes, is_left_padded = torch.stack(((inside_BT & ~real_BT)[real_BT.any(-1)].any(), ~real_BT[:, 0].all())).tolist()
+    has_holes, is_left_padded = torch.stack(
+        ((inside_BT & ~real_BT)[real_BT.any(-1)].any(), ~real_BT[:, 0].all())
+    ).tolist()
     if has_holes:
         raise ConfigError("attention_mask: zeros between ones are not padding; mark documents by position_ids instead")
     return first_B1.minimum(places_T) if is_left_padded else None

@@ -9,8 +9,9 @@ Shapes: B sequences, T tokens, K chosen rows, D hidden width, E width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class HuggingFaceTrunk:
         self._model = model
         self._family = family_of(model)
         self._body: Any = getattr(model, self._family.body)
-        self.blocks = [
+        self.blocks: Sequence[HuggingFaceBlock] = [
             HuggingFaceBlock(layer, model.config, self._family.is_rotary) for layer in layers_of(model, self._family)
         ]
         self.place(torch.empty(0), None)
@@ -90,7 +91,7 @@ class HuggingFaceBlock:
     """One layer of the decoder."""
 
     def __init__(self, layer: nn.Module, config: Any, is_rotary: bool) -> None:
-        self._layer = layer
+        self._layer: Any = layer
         self._is_rotary = is_rotary
         self._config = config
         # A layer whose forward is not its class's own, or that is more than a product, simply runs again on the rows.
@@ -105,13 +106,22 @@ class HuggingFaceBlock:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The layer's."""
-        return self._layer.parameters()
+        parameters: Iterator[nn.Parameter] = self._layer.parameters()
+        return parameters
 
     def __call__(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output, for all tokens or for those that the context knows."""
         with self._led(context):
             y_BTD: Tensor = self._layer(x_BTD, pylon_context=context, **self._positions(context))
         return y_BTD
+
+    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What the layer hands to attention: it runs up to there and no further."""
+        try:
+            self(x_BTD, _UpToAttention.like(context))
+        except _KeysValues as met:
+            return met.k_BJTE, met.v_BJTE
+        raise AssertionError("a layer without attention")
 
     def _positions(self, context: Context) -> dict[str, Any]:
         if not self._is_rotary:
@@ -124,7 +134,7 @@ class HuggingFaceBlock:
         usual_attention = self._config._attn_implementation
         usual_checkpointing = self.is_checkpointing
         self._config._attn_implementation = attention.NAME
-        self._layer.gradient_checkpointing = False  # type: ignore[assignment]  # the engine's own business
+        self._layer.gradient_checkpointing = False  # the engine's own business
         for linear in self._linears:
             vars(linear)["forward"] = partial(context.linear, _PRODUCTS[type(linear)](linear))
         try:
@@ -134,6 +144,28 @@ class HuggingFaceBlock:
                 del vars(linear)["forward"]
             self._layer.gradient_checkpointing = usual_checkpointing
             self._config._attn_implementation = usual_attention
+
+
+class _KeysValues(Exception):
+    """Leaves a layer with what was looked for."""
+
+    def __init__(self, k_BJTE: Tensor, v_BJTE: Tensor) -> None:
+        self.k_BJTE, self.v_BJTE = k_BJTE, v_BJTE
+
+
+@dataclass(frozen=True)
+class _UpToAttention(Context):
+    inner: Context
+
+    @classmethod
+    def like(cls, context: Context) -> _UpToAttention:
+        return cls(context.places, context.cos, context.sin, context.starts_BT, context.mask, context)
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        return self.inner.linear(layer, x)
+
+    def attend(self, q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:  # noqa: ARG002
+        raise _KeysValues(k_BJTE, v_BJTE)
 
 
 class _Transposed:
@@ -155,4 +187,4 @@ def _itself(layer: Linear) -> Linear:
     return layer
 
 
-_PRODUCTS = {nn.Linear: _itself, Conv1D: _Transposed}
+_PRODUCTS: dict[type, Callable[[Any], Linear]] = {nn.Linear: _itself, Conv1D: _Transposed}
