@@ -8,6 +8,13 @@ Works on Llama, Mistral, Qwen2, Qwen3 and GPT-2, alone, under transformers.Train
 without PEFT adapters. Whatever a gated step would compute differently from the model is refused by name.
 """
 
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "pylon_trainer.huggingface needs transformers: pip install 'pylon-training[huggingface]'"
+    ) from error
+
 from pylon_trainer.huggingface.patch import disable, enable
 
 __all__ = ["disable", "enable"]
