@@ -10,7 +10,9 @@ without PEFT adapters. Whatever a gated step would compute differently from the 
 
 try:
     import transformers as _transformers  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
     raise ImportError(
         "pylon_trainer.huggingface needs transformers: pip install 'pylon-training[huggingface]'"
     ) from error
