@@ -268,8 +268,8 @@ class GatingSpec(Spec):
 
     strategy: GatingStrategy = GatingStrategy.OFF
     """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Entropy and Loss: in nats. Margin:
-    1 minus the lead of the likeliest token. Combined: entropy, margin and loss together. Difficulty: entropy minus
-    confidence. Random: all alike, for comparison. Disabled: no token is left out."""
+    1 minus the lead of the likeliest token. Difficulty: entropy plus 1 minus the probability of the likeliest token.
+    Combined: Difficulty plus Margin. Random: all alike, for comparison. Disabled: no token is left out."""
     selection: GatingSelection = GatingSelection.SAMPLED
     """Sampled: drawn with probability proportional to the score and weighted by its inverse, so that the gradient is
     unbiased. Stratified: the same by strata of like score, one probability for all tokens of a stratum. SequenceAware:

@@ -26,10 +26,10 @@ from pylon_trainer.kernels.head import reference
 from pylon_trainer.kernels.score import CrossEntropy
 from pylon_trainer.step import IGNORED
 
-ROW_CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 64 * 2**20}
-"""Logits of a chunk of rows, by device: as many rows as make the sum of the weight's gradient cheap; on a CPU, where
-products are slow, few enough to spare its memory."""
-COLUMN_CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 64 * 2**20}
+ROW_CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 16 * 2**20}
+"""Logits of a chunk of rows, by device: enough rows to make the sum of the weight's gradient cheap. That takes few on a
+CPU, where products are slow."""
+COLUMN_CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 16 * 2**20}
 """Logits of a chunk of the vocabulary: large enough for the products to run at full speed."""
 CHUNK_MULTIPLE = 256
 ALIGNED_COLUMNS = 64
@@ -137,7 +137,7 @@ def _multiply(left: Tensor, right: Tensor, *, out: Tensor, adds: bool) -> None:
     if left.dtype == torch.float32:
         torch.addmm(out, left, right, beta=float(adds), out=out)
     elif out.is_cuda:
-        torch.addmm(out, left, right, torch.float32, beta=float(adds), out=out)
+        torch.addmm(out, left, right, out_dtype=torch.float32, beta=float(adds), out=out)
     elif adds:
         out.add_(left @ right)
     else:

@@ -1,0 +1,118 @@
+"""Attention of scattered rows, forward and backward, beside attention of all rows and two other ways to have some.
+
+    python benchmarks/row_attention.py
+
+`full` is PyTorch's attention of all rows, by the faster of its two flash backends. `masked` and `flex` put the rows of
+each sequence side by side, padded to the longest, as queries of masked attention and of FlexAttention; both are told
+the lengths for free, which a training step could not know without waiting for the device. `backward` sends gradients to
+the queries and to the rows' own keys and values, `dense_backward` and all the others to the keys and values of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import milliseconds, publish, results_directory
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from pylon_trainer.kernels.attention import Layout, attend_rows
+
+SHAPES = {"1.17B": (8, 2048, 16, 16, 128), "135M": (32, 2048, 9, 3, 64)}
+RATIOS = [0.5, 0.25, 0.125]
+FLASH_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+def times(attend: Callable[[], Tensor], *leaves: Tensor) -> tuple[float, float]:
+    """Milliseconds of a forward and a backward pass, as the device spends them: both are captured as graphs."""
+    d_y = torch.randn_like(attend())
+    with torch.no_grad():
+        forward_ms = milliseconds(captured(attend))
+    return forward_ms, milliseconds(captured(lambda: torch.autograd.grad(attend(), leaves, d_y))) - forward_ms
+
+
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and lets libraries choose
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def full_times(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> tuple[float, float]:
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(q_BHTE, k_BJTE, v_BJTE, is_causal=True, enable_gqa=True)
+
+    measured = []
+    for backend in FLASH_BACKENDS:
+        with sdpa_kernel(backend):
+            measured.append(times(attend, q_BHTE, k_BJTE, v_BJTE))
+    return min(measured, key=sum)
+
+
+def padded(rows_K: Tensor, sequences: int, tokens: int) -> Tensor:
+    """B x C: the chosen tokens of each sequence, then token -1, which sees nothing that matters."""
+    per_sequence = [rows_K[rows_K // tokens == b] % tokens for b in range(sequences)]
+    return torch.nn.utils.rnn.pad_sequence(per_sequence, batch_first=True, padding_value=tokens - 1)
+
+
+def measure(shape: str, ratio: float) -> dict[str, Any]:
+    B, T, H, J, E = SHAPES[shape]
+    q_BHTE = torch.randn(B, H, T, E, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k_BJTE, v_BJTE = (
+        torch.randn(B, J, T, E, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
+    )
+    rows_K = torch.randperm(B * T, device="cuda")[: int(B * T * ratio)].sort().values
+    layout = Layout.of(rows_K, None, B, T)
+    q_HKE, own_k_JKE, own_v_JKE = (
+        x_BHTE.detach().transpose(0, 1).flatten(1, 2)[:, rows_K].requires_grad_() for x_BHTE in (q_BHTE, k_BJTE, v_BJTE)
+    )
+    forward_ms, backward_ms = times(
+        lambda: attend_rows(q_HKE, k_BJTE, v_BJTE, layout, (own_k_JKE, own_v_JKE)), q_HKE, own_k_JKE, own_v_JKE
+    )
+    _, dense_backward_ms = times(lambda: attend_rows(q_HKE, k_BJTE, v_BJTE, layout), q_HKE, k_BJTE, v_BJTE)
+
+    t_BC = padded(rows_K, B, T)
+    q_BHCE = q_BHTE.detach().gather(2, t_BC[:, None, :, None].expand(-1, H, -1, E)).requires_grad_()
+    mask_B1CT = (torch.arange(T, device="cuda") <= t_BC[:, :, None]).unsqueeze(1)
+    block_mask = create_block_mask(
+        lambda b, _, q, k: k <= t_BC[b, q], B, None, t_BC.shape[1], T, device="cuda", _compile=True
+    )
+    leaves = q_BHCE, k_BJTE, v_BJTE
+    masked = times(lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask_B1CT, enable_gqa=True), *leaves)
+    flex = times(lambda: compiled_flex_attention(*leaves, block_mask=block_mask, enable_gqa=True), *leaves)
+    full = full_times(q_BHTE, k_BJTE, v_BJTE)
+    return {
+        "shape": shape,
+        "ratio": ratio,
+        "forward_ms": forward_ms,
+        "backward_ms": backward_ms,
+        "dense_backward_ms": dense_backward_ms,
+        "full_forward_ms": full[0],
+        "full_backward_ms": full[1],
+        "masked_forward_ms": masked[0],
+        "masked_backward_ms": masked[1],
+        "flex_forward_ms": flex[0],
+        "flex_backward_ms": flex[1],
+        "speedup_vs_full": sum(full) / (forward_ms + backward_ms),
+    }
+
+
+def main() -> None:
+    directory = results_directory("Measure attention of scattered rows.")
+    publish("row_attention", [measure(shape, ratio) for shape in SHAPES for ratio in RATIOS], directory)
+
+
+if __name__ == "__main__":
+    main()
