@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
@@ -22,6 +23,12 @@ from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.measurement import INTERVAL_STEPS, Clock, Measurement, clock_of
 from pylon_trainer.gating.ratio import PLAIN, Belief, Control, rows_of, scheduled_ratio
 from pylon_trainer.gating.selection import Selection, build_rule, order, select
+
+
+def build_gate(gating: GatingSpec, *, seed: int, device: torch.device) -> Gate:
+    """The gate of this process."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return Gate(gating, seed=seed, rank=rank, device=device)
 
 
 class Gate:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
@@ -19,7 +18,7 @@ from pylon_api.training import TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
-from pylon_trainer.gating.gate import Gate
+from pylon_trainer.gating.gate import build_gate
 from pylon_trainer.gating.gradients import accumulate, send_back
 from pylon_trainer.gating.head import Head
 from pylon_trainer.gating.ratio import PLAIN
@@ -101,10 +100,10 @@ class GatedStep(PlainStep):
         training: TrainingSpec,
     ) -> None:
         super().__init__(model, device, precision)
-        self._engine = build_engine(model, training, self._autocast)
+        backend = "inductor" if training.compile is Compile.DEFAULT else None
+        self._engine = build_engine(model, training.gating, self._autocast, compile_backend=backend)
         self._training = training
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._gate = Gate(training.gating, seed=training.seed, rank=rank, device=device)
+        self._gate = build_gate(training.gating, seed=training.seed, device=device)
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
         """As TrainingStep has it."""

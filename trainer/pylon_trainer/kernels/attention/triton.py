@@ -47,8 +47,8 @@ class Tilings:
     d_keys: Tiling
 
 
-# Measured on an H200 at the shapes of benchmarks/row_attention.py: tiles of 128 rows or keys with eight warps lose up to
-# a third, as they leave one program per multiprocessor and span more places.
+# Measured on an H200 at the shapes of benchmarks/row_attention.py: tiles of 128 rows or keys with eight warps lose up
+# to a third, as they leave one program per multiprocessor and span more places.
 TENSOR_CORES = {
     128: Tilings(forward=Tiling(64, 64, 3, 4), d_queries=Tiling(64, 32, 3, 4), d_keys=Tiling(32, 64, 2, 4)),
     256: Tilings(forward=Tiling(64, 32, 2, 8), d_queries=Tiling(64, 32, 2, 8), d_keys=Tiling(16, 64, 2, 8)),
