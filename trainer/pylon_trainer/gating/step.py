@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
-from pylon_api.training import TrainingSpec
+from pylon_api.training import Compile, TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
