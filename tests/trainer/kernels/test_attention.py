@@ -58,7 +58,7 @@ class Case:
 
 
 CASES = {
-    "scattered": Case([*range(1, 46, 3), 60]),
+    "scattered": Case([*range(1, 46, 4), 60]),
     "grouped": Case([0, 5, 6, *range(24, 32), 45, 46], heads=3, kv_heads=1, width=24),
     "one sequence": Case(list(range(23, 46))),
     "one row": Case([45]),
