@@ -127,8 +127,10 @@ class GatedModel:
 
     def _choose(self, scores: Scores, labelled_BT: Tensor, ratio: float) -> tuple[Selection, Depth | None]:
         scores_N = judge(self._gating.strategy, scores)
+        self._gate.count_nonfinite(scores.nonfinite_rows)
         self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
         if ratio == PLAIN:
             return all_rows(labelled_BT), None
-        selection = self._gate.choose(scores_N, labelled_BT, ratio)
-        return selection, self._gate.depth(scores_N, selection.rows_K)
+        draws = self._gate.draw()
+        selection = self._gate.choose(scores_N, labelled_BT, ratio, draws)
+        return selection, self._gate.depth(scores_N, selection.rows_K, draws)
