@@ -1,61 +1,89 @@
-"""One training step, gated against plain: time, memory and counted FLOPs, for every engine and ratio.
+"""One optimizer step, gated against plain: time, memory and counted FLOPs, for every engine and ratio.
 
-    python benchmarks/gate_step.py [--compile] [--shape 14M]
+    python benchmarks/gate_step.py [--shape 1.17B] [--quick] [--no-compile]
 
-A step is forward and backward; the optimizer's part is the same for all and left out. On CUDA the shapes are real ones
-in bfloat16, on a CPU small ones in float32. The steps take turns, so that a machine whose speed drifts slows all alike.
+A step is forward, backward, clipping and AdamW, its learning rate 0, so that all kinds meet the same weights. They
+take turns, so that a machine whose speed drifts slows all alike, and are compared with the fastest of several plain
+steps (plain_baselines.py). On CUDA the shapes are real ones in bfloat16, on a CPU a small one in float32. FLOPs are
+counted on tensors without data. A kind that fails costs only itself: it is named, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
-import time
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import RESULTS, publish
-from torch.utils.flop_counter import FlopCounterMode
+from plain_baselines import WholeHeadStep, fastest_attention, rival_heads
+from step_bench import Bench, Kind
+from step_flops import backward_flops, counting_process
 
 from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Transformer, build_model
 from pylon_trainer.step import Batch, TrainingStep
 
-SHAPES: dict[str, dict[str, tuple[dict[str, Any], int, int, int]]] = {
-    "cpu": {
-        "14M": ({"layers": 4, "hidden_size": 512, "heads": 8}, 2048, 4, 256),
-    },
+
+@dataclass(frozen=True)
+class Shape:
+    model: dict[str, Any]
+    vocabulary: int
+    sequences: int
+    tokens: int
+    """Of a sequence."""
+
+    def batch(self, sequences: int, device: torch.device) -> Batch:
+        tokens_BT = torch.randint(self.vocabulary, (sequences, self.tokens + 1))
+        return Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()).to(device)
+
+    def build(self, layers: int | None = None) -> Transformer:
+        fields = self.model if layers is None else {**self.model, "layers": layers}
+        return build_model(ModelSpec.model_validate(fields), vocab_size=self.vocabulary)
+
+
+SHAPES = {
+    "cpu": {"14M": Shape({"layers": 4, "hidden_size": 512, "heads": 8}, 2048, sequences=4, tokens=256)},
     "cuda": {
-        "135M": (
+        "1.17B": Shape(
+            {"layers": 20, "hidden_size": 2048, "heads": 16, "intermediate_size": 5632}, 49152, sequences=8, tokens=2048
+        ),
+        "135M": Shape(
             {"layers": 30, "hidden_size": 576, "heads": 9, "kv_heads": 3, "intermediate_size": 1536},
             49152,
-            32,
-            2048,
-        ),
-        "1.17B": (
-            {"layers": 20, "hidden_size": 2048, "heads": 16, "intermediate_size": 5632},
-            49152,
-            8,
-            2048,
+            sequences=32,
+            tokens=2048,
         ),
     },
 }
-"""By device: model, vocabulary, sequences, tokens of a sequence."""
 
-ENGINES = (
-    ("HeadOnly", "Truncated", "Keep"),
-    ("SinglePass", "Truncated", "Keep"),
-    ("SinglePass", "Dense", "Keep"),
-    ("SinglePass", "Truncated", "Recompute"),
-)
-RATIOS = (1.0, 0.5, 0.25, 0.125)
-ROUNDS = 5
+SEQUENCES = {"granularity": "Sequence", "strategy": "Difficulty", "selection": "Top", "router_layers": 4}
+ENGINES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "SinglePass Truncated Keep": ({"engine": "SinglePass"}, (0.25, 0.5, 0.125, 1.0)),
+    "TwoPass": ({"engine": "TwoPass"}, (0.25, 0.5, 0.125)),
+    "SinglePass Dense Keep": ({"engine": "SinglePass", "kv_gradient": "Dense"}, (0.25, 0.5)),
+    "SinglePass Truncated Recompute": ({"engine": "SinglePass", "row_activations": "Recompute"}, (0.25,)),
+    "HeadOnly": ({"engine": "HeadOnly"}, (0.25,)),
+    "Sequence, 4-layer router": (SEQUENCES, (0.25,)),
+}
+"""Fields of the gate and ratios to measure."""
+QUICK = ("SinglePass Truncated Keep", "TwoPass")
+QUICK_RATIOS = (0.25, 0.5, 1.0)
+
+ROUNDS = 4
 
 
-def step_of(model: Transformer, compiles: bool, **gating: Any) -> TrainingStep:
-    device = model.embedding.weight.device
+def step_of(model: Transformer, device: torch.device, compiles: bool, gating: dict[str, Any]) -> TrainingStep:
     training = TrainingSpec(
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=1),
@@ -66,96 +94,159 @@ def step_of(model: Transformer, compiles: bool, **gating: Any) -> TrainingStep:
     return build_step(model, training, device)
 
 
-def batch_of(vocabulary: int, sequences: int, tokens: int, device: str) -> Batch:
-    tokens_BT = torch.randint(vocabulary, (sequences, tokens + 1), generator=torch.Generator().manual_seed(1))
-    return Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()).to(torch.device(device))
+def gate_of(fields: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """A gate of fixed ratio that never falls back to the plain step."""
+    return {"strategy": "GradientNorm", "ratio_control": "Fixed", "fallback": "Never", "token_ratio": ratio} | fields
 
 
-def run(step: TrainingStep, batch: Batch) -> None:
-    step.model.zero_grad()
-    step.forward_backward(batch, global_tokens=batch.labels_BT.numel(), step=0)
-    if batch.labels_BT.is_cuda:
-        torch.cuda.synchronize()
+def measure(
+    shape: Shape, device: torch.device, compiles: bool, quick: bool, counting: Executor, failures: list[str]
+) -> list[Kind]:
+    """All kinds that came through; the others are named in `failures`."""
 
+    def survives(kind: Kind, trial: Callable[[Kind], None]) -> bool:
+        try:
+            trial(kind)
+        except Exception:  # whatever one kind dies of must not cost the device time of the others
+            failures.append(f"{kind.name} {kind.ratio}")
+            print(f"  {failures[-1]} failed:\n{traceback.format_exc()}", flush=True)
+            bench.model.zero_grad()
+            return False
+        return True
 
-def seconds(step: TrainingStep, batch: Batch) -> float:
-    start = time.perf_counter()
-    run(step, batch)
-    return time.perf_counter() - start
-
-
-def peak_bytes(step: TrainingStep, batch: Batch) -> int | None:
-    """Device memory at its highest; None on a CPU, where the allocator does not tell."""
-    if not batch.labels_BT.is_cuda:
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    run(step, batch)
-    return torch.cuda.max_memory_allocated()
-
-
-def backward_flops(step: TrainingStep, batch: Batch) -> int:
-    """All products of an eager step but those of one forward pass through blocks and head."""
-    with FlopCounterMode(display=False) as whole:
-        run(step, batch)
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        step.model.head(step.model(batch.tokens_BT))
-    return int(whole.get_total_flops() - forward.get_total_flops())
-
-
-def measure(shape: str, device: str, compiles: bool) -> list[dict[str, Any]]:
-    fields, vocabulary, sequences, tokens = SHAPES[device][shape]
     torch.manual_seed(0)
-    model = build_model(ModelSpec.model_validate(fields), vocab_size=vocabulary).to(device)
-    batch = batch_of(vocabulary, sequences, tokens, device)
-    kinds = [(engine, ratio) for engine in ENGINES for ratio in RATIOS]
-    gatings: list[dict[str, Any]] = [{}]  # plain
-    for (engine, kv_gradient, activations), ratio in kinds:
-        gatings.append(
-            {
-                "strategy": "GradientNorm",
-                "ratio_control": "Fixed",
-                "token_ratio": ratio,
-                "engine": engine,
-                "kv_gradient": kv_gradient,
-                "row_activations": activations,
-            }
-        )
-    flops = [backward_flops(step_of(model, False, **gating), batch) for gating in gatings]
-    steps = [step_of(model, compiles, **gating) for gating in gatings]
-    for step in steps:
-        run(step, batch)
-    times = [[seconds(step, batch) for step in steps] for _ in range(ROUNDS)]
-    step_s = [statistics.median(column) for column in zip(*times, strict=True)]
-    peaks = [peak_bytes(step, batch) for step in steps]
+    bench = Bench(shape.build().to(device), shape.batch(shape.sequences, device))
+
+    def count(gating: dict[str, Any]) -> Future[int]:
+        return counting.submit(backward_flops, shape.model, shape.vocabulary, shape.tokens, gating)
+
+    kinds = [
+        *plain_kinds(bench.model, device, compiles, count({})),
+        *(
+            Kind(
+                name,
+                ratio,
+                partial(step_of, bench.model, device, compiles, gate_of(fields, ratio)),
+                count(gate_of(fields, ratio)),
+                granularity=fields.get("granularity", "Token").lower(),
+            )
+            for name, fields, ratio in gates(quick)
+        ),
+    ]
+    kinds = [kind for kind in kinds if survives(kind, bench.warm_up)]
+    for _ in range(ROUNDS):
+        kinds = [kind for kind in kinds if survives(kind, bench.take_turn)]
+    for kind in kinds[1:]:
+        if kinds[0].is_plain and kind.ratio == 1 and not kind.is_plain:
+            kind.gradient_difference = bench.gradient_difference(kind, kinds[0])
+    return kinds
+
+
+def plain_kinds(model: Transformer, device: torch.device, compiles: bool, flops: Future[int]) -> Iterator[Kind]:
+    """Pylon's own, and on CUDA the same blocks with other heads."""
+    yield Kind("Plain", 1.0, partial(step_of, model, device, compiles, {}), flops, is_plain=True)
+    if device.type == "cuda":
+        for name, loss_sum in rival_heads().items():
+            yield Kind(f"Plain, {name}", 1.0, partial(WholeHeadStep, model, loss_sum), flops, is_plain=True)
+
+
+def gates(quick: bool) -> Iterator[tuple[str, dict[str, Any], float]]:
+    for name, (fields, ratios) in ENGINES.items():
+        for ratio in ratios:
+            if not quick or (name in QUICK and ratio in QUICK_RATIOS):
+                yield name, fields, ratio
+
+
+def rows_of(
+    name: str,
+    shape: Shape,
+    device: torch.device,
+    arguments: argparse.Namespace,
+    counting: Executor,
+    failures: list[str],
+) -> list[dict[str, Any]]:
+    """One flat object of every kind, beside the fastest plain one; none when every plain one failed."""
+    print(f"{name}:", flush=True)
+    spec = ModelSpec.model_validate(shape.model)
+    with fastest_attention(spec, shape.sequences, shape.tokens) if device.type == "cuda" else nullcontext():
+        kinds = measure(shape, device, arguments.compile, arguments.quick, counting, failures)
+    plains = [kind for kind in kinds if kind.is_plain]
+    if not plains:
+        return []
+    plain = min(plains, key=lambda kind: statistics.median(kind.step_ms))
+    print(f"  the fastest plain step: {plain.name}", flush=True)
+    plain_flops = flops_of(plain)
     return [
         {
-            "shape": shape,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "compiled": compiles,
-            "engine": " ".join(engine),
-            "granularity": "token",
-            "ratio": ratio,
-            "step_ms": own_s * 1e3,
-            "plain_ms": step_s[0] * 1e3,
-            "speedup": step_s[0] / own_s,
-            "memory_ratio": own_bytes / peaks[0] if own_bytes and peaks[0] else None,
-            "backward_flop_ratio": own_flops / flops[0],
+            "shape": name,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "compiled": arguments.compile,
+            "engine": kind.name,
+            "granularity": kind.granularity,
+            "ratio": kind.ratio,
+            "step_ms": statistics.median(kind.step_ms),
+            "plain_ms": statistics.median(plain.step_ms),
+            "speedup": statistics.median(plain.step_ms) / statistics.median(kind.step_ms),
+            "memory_ratio": ratio_of(kind.peak_bytes, plain.peak_bytes),
+            "activation_memory_ratio": ratio_of(activation_bytes(kind), activation_bytes(plain)),
+            "backward_flop_ratio": ratio_of(flops_of(kind), plain_flops),
+            "forward_backward_ms": statistics.median(kind.forward_backward_ms),
+            "forward_backward_speedup": statistics.median(plain.forward_backward_ms)
+            / statistics.median(kind.forward_backward_ms),
+            "includes_optimizer": True,
+            "plain_head": plain.name,
+            "syncs": kind.syncs,
+            "recompiles": kind.recompiles,
+            "gradient_difference": kind.gradient_difference,
         }
-        for (engine, ratio), own_s, own_bytes, own_flops in zip(kinds, step_s[1:], peaks[1:], flops[1:], strict=True)
+        for kind in kinds
     ]
 
 
-def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def activation_bytes(kind: Kind) -> int | None:
+    if kind.peak_bytes is None or kind.persistent_bytes is None:
+        return None
+    return kind.peak_bytes - kind.persistent_bytes
+
+
+def flops_of(kind: Kind) -> int | None:
+    """None when they could not be counted."""
+    error = kind.backward_flops.exception()
+    if error is not None:
+        print(f"  FLOPs of {kind.name} {kind.ratio}: {error!r}")
+    return None if error is not None else kind.backward_flops.result()
+
+
+def ratio_of(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = SHAPES[device.type]
     parser = argparse.ArgumentParser(description="Measure gated steps beside plain ones.")
-    parser.add_argument("--shape", choices=list(SHAPES[device]), action="append", help="default: all of this device")
-    parser.add_argument("--compile", action="store_true", help="compile all steps, the plain one too")
+    parser.add_argument("--shape", choices=list(shapes), action="append", help="default: all of this device")
+    parser.add_argument("--quick", action="store_true", help="fewer engines and ratios")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=device.type == "cuda", help="default: on CUDA only"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON file")
     arguments = parser.parse_args()
-    shapes = arguments.shape or list(SHAPES[device])
-    rows = [row for shape in shapes for row in measure(shape, device, arguments.compile)]
-    publish("gate_step", rows, arguments.results, timing=f"median of {ROUNDS} steps, all kinds taking turns")
+    # The kinds share code, and each is another specialisation of it.
+    torch._dynamo.config.recompile_limit = 64
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    with counting_process() as counting:
+        for name in arguments.shape or list(shapes):
+            rows += rows_of(name, shapes[name], device, arguments, counting, failures)
+            if rows:
+                publish("gate_step", rows, arguments.results, timing="median over rounds in which all kinds take turns")
+            torch._dynamo.reset()
+            gc.collect()  # the next shape's memory must not include this one's
+    if failures:
+        print(f"failed: {', '.join(failures)}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

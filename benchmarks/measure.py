@@ -6,11 +6,14 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,6 +36,44 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+class Mark:
+    """A point in the work of a device, or in time on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._time_s = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until the device has come here."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def milliseconds_to(self, later: Mark) -> float:
+        """Time between two marks of one device, once it has passed both."""
+        if self._event is not None and later._event is not None:
+            return float(self._event.elapsed_time(later._event))
+        return (later._time_s - self._time_s) * 1e3
+
+
+def host_syncs(function: Callable[[], object]) -> int:
+    """How often a call made the host wait for the device."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process; it grows when something recompiles."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def copy_bytes_per_s() -> float:
     """Ceiling of the device's memory: bytes read plus bytes written by a copy of 4 GiB."""
     source = torch.randn(2**30, device="cuda")
@@ -47,6 +88,20 @@ def publish(
     timing: str = "median of repeated calls, L2 flushed before each",
 ) -> None:
     """Print the rows as a table and write them with their environment to `<directory>/<name>.json`."""
+    print_table(rows)
+    write_results(name, rows, directory, timing=timing)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys in columns."""
+    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    print("\n".join(lines), flush=True)
+
+
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], directory: Path, **notes: Any) -> None:
+    """`<directory>/<name>.json`: the environment, with what else there is to note of it, and the rows."""
     on_device = torch.cuda.is_available()
     environment = {
         "device": torch.cuda.get_device_name() if on_device else f"{torch.get_num_threads()} CPU threads",
@@ -54,11 +109,8 @@ def publish(
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_device else None,
         "triton": importlib.metadata.version("triton") if on_device else None,
-        "timing": timing,
+        **notes,
     }
-    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 

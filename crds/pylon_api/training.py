@@ -268,8 +268,8 @@ class GatingSpec(Spec):
 
     strategy: GatingStrategy = GatingStrategy.OFF
     """Score that ranks tokens. GradientNorm: |softmax - onehot|, the measured best. Entropy and Loss: in nats. Margin:
-    1 minus the lead of the likeliest token. Combined: entropy, margin and loss together. Difficulty: entropy minus
-    confidence. Random: all alike, for comparison. Disabled: no token is left out."""
+    1 minus the lead of the likeliest token. Difficulty: entropy plus 1 minus the probability of the likeliest token.
+    Combined: Difficulty plus Margin. Random: all alike, for comparison. Disabled: no token is left out."""
     selection: GatingSelection = GatingSelection.SAMPLED
     """Sampled: drawn with probability proportional to the score and weighted by its inverse, so that the gradient is
     unbiased. Stratified: the same by strata of like score, one probability for all tokens of a stratum. SequenceAware:
@@ -291,8 +291,8 @@ class GatingSpec(Spec):
     """GradientMass: the smallest share of tokens whose scores hold targetMass of the gradient norms, followed while
     training. Fixed: tokenRatio throughout, so that two runs of one seed are the same bit for bit."""
     token_ratio: float = Field(default=0.5, gt=0, le=1)
-    """Share of tokens that carry gradient once warm-up is over; 1 keeps all. With GradientMass it is where the ratio
-    starts."""
+    """Share of tokens that carry gradient once warm-up is over; 1 keeps all. With GradientMass it is the
+    ratio of gated steps before anything has been measured."""
     warmup_steps: int = Field(default=0, ge=0, le=2**53)
     """Steps over which the ratio falls linearly from 1; 0 switches it off."""
     final_token_ratio: float | None = Field(default=None, gt=0, le=1)

@@ -1,0 +1,242 @@
+"""Training runs of equal wall-clock time: one model, many strategies, the real steps and their real time.
+
+A run is given seconds, not steps. Its clock is the device's, read every few steps; it stands still while something
+compiles. The learning rate follows the share of the time that has passed, so each run, however fast its steps, goes
+through its whole schedule. Runs of one seed start from the same weights and see the same data in the same order, as
+far as each gets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from measure import Mark, compiled_graphs
+from python_corpus import VOCABULARY, Ids
+from torch import Tensor
+
+from pylon_api.training import (
+    Compile,
+    DataSpec,
+    GatingSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Precision,
+    ScheduleSpec,
+    TrainingSpec,
+)
+from pylon_trainer.gating import build_step
+from pylon_trainer.models import build_model
+from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.optim.schedule import learning_rate_ratio
+from pylon_trainer.step import Batch, TrainingStep
+
+ROUND_STEPS = 16
+"""Steps between two looks at the clock."""
+WARM_STEPS = 64
+"""Steps after which a strategy that still compiles something new is taken as it is."""
+SCHEDULE_STEPS = 10_000
+"""Schedules are written for this many steps; a run is at the one that its share of the time says."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Model and batch."""
+
+    model: dict[str, Any]
+    sequences: int
+    tokens: int
+    """Of a sequence."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    name: str
+    gating: dict[str, Any] = field(default_factory=dict)
+    batch_share: float = 1.0
+    """Share of the batch's sequences that a step takes."""
+    time_factor: float = 1.0
+    """Seconds that a run is given, as a multiple of the others'."""
+    steps_of: str | None = None
+    """Name of another strategy: train for as many steps as it took, however long that takes."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage of training in which strategies are compared."""
+
+    name: str
+    kind: str
+    """Kind of source in the corpus."""
+    seconds: float
+    """Of a run."""
+    learning_rate: float
+    schedule: ScheduleSpec
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where runs of a phase start."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+    """None: the moments start at zero."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    loss: float
+    """Held-out, nats per token."""
+    seconds: float
+    steps: int
+    tokens: int
+    ratio: float
+    """Share of the tokens seen that carried gradient, over the whole run."""
+    recompiles: int
+
+
+class Laboratory:
+    """One model on which every run takes place."""
+
+    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device) -> None:
+        self._scale = scale
+        self._device = device
+        self.model = build_model(ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY).to(device)
+        self._parameters = dict(self.model.named_parameters())
+        self._windows = {name: self._cut(ids) for name, ids in corpus.items()}
+        self._plain = self._build({})
+        self._steps: dict[str, TrainingStep] = {}
+        self._fresh: dict[str, dict[str, Any]] = {}
+        self._step_s: dict[str, float] = {}
+
+    def prepare(self, strategy: Strategy, kind: str) -> float:
+        """Build and compile its step; returns the seconds of one, warm. The model's weights are spoiled."""
+        step = self._plain if not strategy.gating else self._build(strategy.gating)
+        fresh = copy.deepcopy(step.state_dict())
+        optimizer = AdamW(self._parameters, OptimizerSpec())
+        batches = self._batches(strategy, kind, seed=0)
+        warm = 0
+        while warm < WARM_STEPS:
+            graphs = compiled_graphs()
+            round_s = self._round(step, optimizer, batches, [1e-4] * ROUND_STEPS, first=warm)[0]
+            warm += ROUND_STEPS
+            if compiled_graphs() == graphs:
+                break
+        self._steps[strategy.name] = step
+        self._fresh[strategy.name] = fresh
+        self._step_s[strategy.name] = round_s / ROUND_STEPS
+        return self._step_s[strategy.name]
+
+    def start(self, seed: int) -> Snapshot:
+        """Fresh weights."""
+        torch.manual_seed(seed)
+        fresh = build_model(ModelSpec.model_validate(self._scale.model), vocab_size=VOCABULARY)
+        return Snapshot({name: parameter.detach() for name, parameter in fresh.named_parameters()}, None)
+
+    @torch.no_grad()
+    def _restore(self, snapshot: Snapshot) -> AdamW:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(snapshot.weights[name])
+        optimizer = AdamW(self._parameters, OptimizerSpec())
+        if snapshot.optimizer is not None:
+            optimizer.load_state_dict(snapshot.optimizer)
+        return optimizer
+
+    def train(
+        self, strategy: Strategy, phase: Phase, seed: int, snapshot: Snapshot, steps: int | None = None
+    ) -> tuple[Outcome, Snapshot]:
+        """One run from a snapshot, and where it ended. With `steps`, that many instead of the phase's seconds."""
+        optimizer = self._restore(snapshot)
+        step, step_s = self._steps[strategy.name], self._step_s[strategy.name]
+        step.load_state_dict(self._fresh[strategy.name])
+        batches = self._batches(strategy, phase.kind, seed)
+        budget_s = phase.seconds * strategy.time_factor
+        clock_s, done, recompiles = 0.0, 0, 0
+        gated = torch.zeros((), dtype=torch.int64, device=self._device)
+        while (left := steps - done if steps is not None else round((budget_s - clock_s) / step_s)) > 0:
+            count = min(ROUND_STEPS, left)
+            if steps is not None:
+                shares = [(done + i) / steps for i in range(count)]
+            else:
+                shares = [min((clock_s + i * step_s) / budget_s, 1.0) for i in range(count)]
+            graphs = compiled_graphs()
+            rates = [phase.learning_rate * _rate(phase.schedule, share) for share in shares]
+            round_s, gated_tokens = self._round(step, optimizer, batches, rates, first=done)
+            if compiled_graphs() == graphs:
+                step_s = round_s / count
+            recompiles += compiled_graphs() - graphs
+            gated += gated_tokens
+            clock_s += step_s * count
+            done += count
+        tokens = done * self._sequences(strategy) * self._scale.tokens
+        loss = self._held_out_loss(phase.kind)
+        end = Snapshot({n: p.detach().clone() for n, p in self._parameters.items()}, optimizer.state_dict())
+        return Outcome(loss, clock_s, done, tokens, int(gated) / max(tokens, 1), recompiles), end
+
+    def _round(
+        self, step: TrainingStep, optimizer: AdamW, batches: Iterator[Batch], rates: list[float], *, first: int
+    ) -> tuple[float, Tensor]:
+        """One step for each learning rate; the seconds they took together, and the tokens that carried gradient."""
+        gated = torch.zeros((), dtype=torch.int64, device=self._device)
+        begin = Mark(self._device)
+        for number, rate in enumerate(rates, first):
+            batch = next(batches)
+            result = step.forward_backward(batch, global_tokens=batch.labels_BT.numel(), step=number)
+            optimizer.update(rate)
+            for parameter in self._parameters.values():
+                parameter.grad = None
+            gated += result.gated_tokens
+        end = Mark(self._device)
+        end.wait()
+        return begin.milliseconds_to(end) / 1e3, gated
+
+    def _held_out_loss(self, kind: str) -> float:
+        windows_WT = self._windows[f"{kind}_held_out"]
+        whole = len(windows_WT) // self._scale.sequences * self._scale.sequences  # a part of a batch would recompile
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        for part_BT in windows_WT[:whole].split(self._scale.sequences):
+            loss_sum += self._plain.evaluate(_batch(part_BT)).loss_sum
+        return float(loss_sum) / (whole * self._scale.tokens)
+
+    def _build(self, gating: dict[str, Any]) -> TrainingStep:
+        on_device = self._device.type == "cuda"
+        training = TrainingSpec(
+            data=DataSpec(train=["unused"]),
+            schedule=ScheduleSpec(steps=1),
+            precision=Precision.BFLOAT16 if on_device else Precision.FLOAT32,
+            compile=Compile.DEFAULT if on_device else Compile.OFF,
+            gating=GatingSpec.model_validate(gating),
+        )
+        return build_step(self.model, training, self._device)
+
+    def _cut(self, ids: Ids) -> Tensor:
+        """Windows of a sequence and the token after it, W x (T + 1)."""
+        width = self._scale.tokens + 1
+        whole = ids[: len(ids) // width * width].astype(np.int32)
+        return torch.from_numpy(whole).view(-1, width).to(self._device)
+
+    def _sequences(self, strategy: Strategy) -> int:
+        return round(self._scale.sequences * strategy.batch_share)
+
+    def _batches(self, strategy: Strategy, kind: str, seed: int) -> Iterator[Batch]:
+        """Without end; every epoch in an order of its own, drawn from the seed."""
+        windows_WT = self._windows[f"{kind}_train"]
+        sequences = self._sequences(strategy)
+        generator = np.random.default_rng(seed)
+        while True:
+            order_W = torch.from_numpy(generator.permutation(len(windows_WT))).to(self._device)
+            for start in range(0, len(order_W) - sequences + 1, sequences):
+                yield _batch(windows_WT[order_W[start : start + sequences]])
+
+
+def _batch(windows_BT: Tensor) -> Batch:
+    windows_BT = windows_BT.long()
+    return Batch(windows_BT[:, :-1].contiguous(), windows_BT[:, 1:].contiguous())
+
+
+def _rate(schedule: ScheduleSpec, share: float) -> float:
+    return learning_rate_ratio(schedule, min(int(share * SCHEDULE_STEPS), SCHEDULE_STEPS - 1), SCHEDULE_STEPS)

@@ -1,0 +1,52 @@
+"""Compiled engines: no graph break, one graph for all blocks and all numbers of rows, the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from engines import ROW_ENGINES, assert_same, batch_of, engine_of, model_of, run
+
+RATIOS = [7, 9, 13, 20, 26, 39]
+"""Numbers of rows, of 39. Fewer leave one row to a tile, and a size of one is always compiled apart."""
+BLOCKS = 10
+"""More than torch compiles one function for (8), so that a graph for each block would show."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    """A backend that counts graphs, and traces their way back without generating code for either."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bfloat16", "isolated"), [(False, True), (True, False)], ids=["float32-packed", "bfloat16"])
+@pytest.mark.parametrize("name", ROW_ENGINES)
+def test_a_ladder_of_ratios_compiles_once(name: str, bfloat16: bool, isolated: bool) -> None:
+    model, batch, backend = model_of(layers=BLOCKS, heads=4, kv_heads=2), batch_of(isolated=isolated), Counting()
+    compiled, eager = (engine_of(name, model, bfloat16=bfloat16, backend=chosen) for chosen in (backend, None))
+    graphs = []
+    for rows in RATIOS:
+        chosen = list(range(39))[:: 39 // rows][:rows]
+        _, actual = run(compiled, model, batch, chosen)
+        _, expected = run(eager, model, batch, chosen)
+        assert_same(actual, expected, 2e-2 if bfloat16 else 1e-5)
+        graphs.append(backend.graphs)
+    # The block for all tokens; for rows, with a graph or (first, when they are recomputed) without; keys and values.
+    pieces = 2 + (name == "TwoPass-Truncated-Recompute") + ("Dense" in name)
+    assert graphs == [pieces] * len(RATIOS)
