@@ -32,7 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pylon_api.training import Compile, GatingEngine, TrainingSpec
+from pylon_api.training import GatingEngine, GatingSpec
 from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.ends import Autocast, Back, Ends
 from pylon_trainer.gating.gradients import Sink, go_back
@@ -50,10 +50,8 @@ class Engine(Protocol):
         ...
 
 
-def build_engine(trunk: Trunk, training: TrainingSpec, autocast: Autocast) -> Engine:
-    """The engine that `training.gating` asks for."""
-    gating = training.gating
-    compile_backend = "inductor" if training.compile is Compile.DEFAULT else None
+def build_engine(trunk: Trunk, gating: GatingSpec, autocast: Autocast, *, compile_backend: str | None) -> Engine:
+    """The engine that the spec asks for. compile_backend: None leaves its pieces as they are."""
     match gating.engine:
         case GatingEngine.HEAD_ONLY:
             return HeadOnly(trunk, autocast)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
@@ -22,6 +23,12 @@ from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.measurement import INTERVAL_STEPS, Clock, Measurement, clock_of
 from pylon_trainer.gating.ratio import PLAIN, Belief, Control, rows_of, scheduled_ratio
 from pylon_trainer.gating.selection import Selection, build_rule, order, select
+
+
+def build_gate(gating: GatingSpec, *, seed: int, device: torch.device) -> Gate:
+    """The gate of this process."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return Gate(gating, seed=seed, rank=rank, device=device)
 
 
 class Gate:
@@ -112,11 +119,15 @@ class Gate:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a resumed run needs to decide as this one. Collective; waits for the device."""
-        return {"belief": self._belief.to_state(), "measurement": self._measurement.state_dict()}
+        return {
+            "gating": self._gating.to_wire(),
+            "belief": self._belief.to_state(),
+            "measurement": self._measurement.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what state_dict gave on any rank; a checkpoint without a gate has nothing to restore."""
-        if not state:
+        """Restore what state_dict gave on any rank. After a plain run, or another gate's, this one starts anew."""
+        if state.get("gating") != self._gating.to_wire():
             return
         self._belief = Belief.from_state(state["belief"])
         self._measurement.load_state_dict(state["measurement"], rank=self._rank)

@@ -38,6 +38,8 @@ def go_back(
     """From the gradient at an output to those at the leaves that it was computed from; the parameters' go to the
     sink."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    if not (leaves or wanted):  # all frozen, though a hook may make the output require a gradient, as PEFT's does
+        return ()
     received = torch.autograd.grad(_Given.apply(output, gradient), [*leaves, *wanted], allow_unused=True)
     for parameter, at_parameter in zip(wanted, received[len(leaves) :], strict=True):
         if at_parameter is not None:

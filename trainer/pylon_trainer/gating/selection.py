@@ -63,6 +63,12 @@ def select(gating: GatingSpec, scores_BT: Tensor, labelled_BT: Tensor, *, rows: 
     return draw(probabilities_1N[0], labelled_BT.flatten(), rows=rows, start=start, line_N=line_N)
 
 
+def all_rows(labelled_BT: Tensor) -> Selection:
+    """Every token; those with a label have weight 1."""
+    labelled_N = labelled_BT.flatten()
+    return Selection(torch.arange(len(labelled_N), device=labelled_N.device), labelled_N.float())
+
+
 def draw(
     probabilities_N: Tensor, labelled_N: Tensor, *, rows: int, start: float, line_N: Tensor | None = None
 ) -> Selection:

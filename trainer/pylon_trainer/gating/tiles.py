@@ -55,6 +55,10 @@ class Tiles:
         mask_ST = torch.ones(tiles * height, tokens, dtype=torch.bool, device=device).index_copy(0, slot_K, mask_KT)
         return cls(slot_K, sequence_G.clamp_max(sequences - 1), mask_ST.view(tiles, 1, height, tokens))
 
+    def sizes(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Its tensors, each with the dims whose size follows from the number of rows."""
+        return [(self.slot_K, (0,)), (self.sequence_G, (0,)), (self.mask_G1CT, (0, 2))]
+
     def attend(self, q_1HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:
         """1 x H x K x E."""
         y_GHCE = F.scaled_dot_product_attention(

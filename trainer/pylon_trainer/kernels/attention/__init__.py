@@ -58,6 +58,10 @@ class Layout:
             windowed=starts_K is not None,
         )
 
+    def sizes(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Its tensors, each with the dims whose size follows from the number of rows."""
+        return [(tensor, (0,)) for tensor in (self.rows_K, self.first_K, self.until_K)]
+
 
 def attend_rows(
     q_HKE: Tensor,

@@ -1,0 +1,163 @@
+"""A gated Hugging Face model gives the gradients of the model itself, cut where rows were not chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import FAMILIES, LENGTH, SEQUENCES, batch_of, cut_attention, gradients, model_of
+from torch import Tensor
+
+import pylon_trainer.huggingface as pylon
+from pylon_trainer.gating.gate import Gate
+
+BATCHES = ["plain", "ignored", "right padded", "left padded", "packed", "counted", "shifted"]
+ALL = 0.9999
+"""A ratio that keeps every row and yet is no plain step."""
+
+
+def enable(model: Any, ratio: float, **options: Any) -> Any:
+    return pylon.enable(model, ratio_control="Fixed", token_ratio=ratio, **options)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What gates choose, as they choose it."""
+    selections: list[Any] = []
+    choose = Gate.choose
+
+    def spy(*args: Any) -> Any:
+        selections.append(choose(*args))
+        return selections[-1]
+
+    monkeypatch.setattr(Gate, "choose", spy)
+    return selections
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_all_rows_give_the_models_own_loss_and_gradients(family: str, kind: str) -> None:
+    model, batch = model_of(family), batch_of(kind)
+    expected = model(**batch)
+    expected.loss.backward()
+    expected_gradients = gradients(model)
+    model.zero_grad()
+
+    enable(model, ALL)
+    actual = model(**batch)
+    actual.loss.backward()
+
+    assert actual.logits is None  # so it was gated
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert_same(gradients(model), expected_gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["plain", "left padded", "packed"])
+@pytest.mark.parametrize("activations", ["Keep", "Recompute"])
+def test_chosen_rows_give_the_gradients_of_a_dense_pass_that_is_cut(
+    family: str, kind: str, activations: str, chosen: list[Any]
+) -> None:
+    model, batch = model_of(family), batch_of(kind)
+    enable(model, 0.4, row_activations=activations)
+    model(**batch).loss.backward()
+    actual = gradients(model)
+    model.zero_grad()
+    pylon.disable(model)
+
+    [selection] = chosen
+    chosen_N = torch.zeros(SEQUENCES * LENGTH, dtype=torch.bool)
+    chosen_N[selection.rows_K] = True
+    with cut_attention(model, chosen_N.view(SEQUENCES, LENGTH)):
+        logits_NV = model(**{name: x for name, x in batch.items() if name != "labels"}).logits.flatten(0, 1)
+    labels_N = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
+    losses_K = F.cross_entropy(logits_NV, labels_N, reduction="none")[selection.rows_K]
+    ((losses_K * selection.weights_K).sum() / (labels_N != -100).sum()).backward()
+
+    assert chosen_N.sum() == 15
+    assert_same(actual, gradients(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("activations", ["Keep", "Recompute"])
+def test_dense_gradients_of_keys_and_values_are_exact_in_the_highest_layer(
+    family: str, activations: str, chosen: list[Any]
+) -> None:
+    model, batch = model_of(family), batch_of()
+    enable(model, 0.4, kv_gradient="Dense", row_activations=activations)
+    model(**batch).loss.backward()
+    actual = gradients(model)
+    model.zero_grad()
+    pylon.disable(model)
+    labels_BT = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    losses_BT = F.cross_entropy(model(batch["input_ids"]).logits.transpose(1, 2), labels_BT, reduction="none")
+    [selection] = chosen
+    weighted_K = losses_BT.flatten()[selection.rows_K] * selection.weights_K
+    (weighted_K.sum() / (labels_BT != -100).sum()).backward()
+    highest = {name: gradient for name, gradient in gradients(model).items() if ".2." in name}
+    assert len(highest) >= 9
+    assert_same({name: actual[name] for name in highest}, highest)
+
+
+def test_the_loss_that_is_reported_is_that_of_all_tokens() -> None:
+    model, batch = model_of(), batch_of()
+    expected = model(**batch).loss
+    enable(model, 0.25)
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_a_scaled_loss_scales_the_gradients() -> None:
+    model, batch = model_of(), batch_of()
+    enable(model, 0.5, selection="Top")
+    model(**batch).loss.backward()
+    once = gradients(model)
+    model.zero_grad()
+    (3 * model(**batch).loss).backward()
+    assert_same(gradients(model), {name: 3 * gradient for name, gradient in once.items()})
+
+
+def test_no_label_at_all_gives_zero_and_no_nan() -> None:
+    model, batch = model_of(), batch_of()
+    enable(model, 0.5)
+    batch["labels"].fill_(-100)
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+def test_a_frozen_base_gets_no_gradients() -> None:
+    model, batch = model_of(), batch_of()
+    model.requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(True)
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    enable(model, ALL)
+    model(**batch).loss.backward()
+    assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_under_autocast_the_gradients_are_those_of_the_model_up_to_rounding(family: str) -> None:
+    model, batch = model_of(family, initializer_range=0.1), batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    enable(model, ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype is torch.float32
+        similarity = F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
+        assert similarity > 0.99, name

@@ -1,0 +1,193 @@
+"""CGGRModel: a causal language model that spends its training on the hard part of each batch.
+
+By sequences, a truncated router scores all of them and the model runs, forward and backward, on the chosen ones alone.
+By tokens, the model runs on all and goes back from the chosen tokens (huggingface/gated.py). A batch of one sequence is
+thinned by tokens in both, as there is nothing to choose among.
+
+Shapes: B sequences, T tokens, K chosen sequences, D hidden width; S tokens that the router looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pylon_api.training import GatingEngine, GatingSelection
+from pylon_trainer.cggr.counter import CountingModule
+from pylon_trainer.cggr.metrics import Metrics
+from pylon_trainer.cggr.options import chosen, gating_of
+from pylon_trainer.cggr.router import TruncatedRouter, create_truncated_router
+from pylon_trainer.gating.gate import build_gate
+from pylon_trainer.gating.ratio import PLAIN
+from pylon_trainer.gating.scores import judge
+from pylon_trainer.gating.selection import all_rows
+from pylon_trainer.huggingface.families import family_of, layers_of
+from pylon_trainer.huggingface.gated import GatedModel
+from pylon_trainer.kernels import head
+from pylon_trainer.kernels.score import Scores, score
+from pylon_trainer.step import IGNORED
+
+ROUTER_STRIDE = 4
+"""The router scores every fourth token: a mean over them ranks sequences as well, and its head costs a quarter."""
+
+GRANULARITIES = {"token": "token", "sequence": "sequence"}
+
+
+class CGGRModel(CountingModule):
+    """A model with its gate. Call `step()` after `optimizer.step()`.
+
+    model: of a supported Hugging Face family. router: None for its lowest quarter; or a TruncatedRouter, or a callable
+    that gives logits B x T x V or an object with `logits`. The other arguments are as CGGRLoss has them.
+
+    Raises ValueError for names and numbers that cannot be, ConfigError for a model that is not supported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        router: Callable[..., Any] | None = None,
+        min_tokens_ratio: float = 0.25,
+        warmup_steps: int = 1000,
+        dynamic_threshold: bool = True,
+        threshold_sensitivity: float = 0.5,
+        selection: str = "topk",
+        *,
+        granularity: str = "sequence",
+        scoring: str = "gradient_norm",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        gating = gating_of(
+            scoring=scoring,
+            selection=selection,
+            dynamic_threshold=dynamic_threshold,
+            threshold_sensitivity=threshold_sensitivity,
+            min_tokens_ratio=min_tokens_ratio,
+            warmup_steps=warmup_steps,
+        )
+        self.granularity = chosen("granularity", granularity, GRANULARITIES)
+        self.model = model
+        self.selection, self.scoring = selection, scoring
+        self._gating = gating
+        self._body = family_of(model).body
+        layers = len(layers_of(model, family_of(model)))
+        # In a tuple, where torch does not look for modules: a router owns nothing of its own.
+        self._router = (router or create_truncated_router(model, max(1, layers // 4)),)
+        self._gate = build_gate(gating, seed=seed, device=model.device)
+        self._by_tokens = GatedModel(model, gating.model_copy(update={"engine": GatingEngine.SINGLE_PASS}), seed)
+        self._metrics: Metrics | None = None
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **arguments: Any) -> Any:
+        """The loss, a scalar; without labels the model's own output.
+
+        labels: B x T, not shifted, -100 for none. arguments: the model's own; those with one entry per sequence follow
+        the chosen sequences. In evaluation mode the loss is that of all tokens.
+        """
+        if labels is None:
+            return self.model(input_ids, **arguments)
+        if not self.training:
+            return self.model(input_ids, labels=labels, **arguments).loss
+        if self.granularity == "token" or len(input_ids) == 1:
+            return self._loss_by_tokens(input_ids, labels, arguments)
+        return self._loss_by_sequences(input_ids, labels, arguments)
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Figures of the last gated forward pass, {} before it. Waits for the device, which forward does not."""
+        return {} if self._metrics is None else self._metrics.read()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """As get_metrics()."""
+        return self.get_metrics()
+
+    def _loss_by_tokens(self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]) -> Tensor:
+        gated = self._by_tokens
+        gated.step = self._steps
+        loss: Tensor = gated.forward(input_ids=input_ids, labels=labels_BT, **arguments).loss
+        if gated.last is not None:
+            scores, selection = gated.last
+            selected_K = selection.weights_K > 0
+            self._metrics = Metrics(
+                self._steps, gated.report().ratio, selected_K, _shifted(labels_BT).flatten(), scores
+            )
+        return loss
+
+    def _loss_by_sequences(self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]) -> Tensor:
+        ratio = self._gate.begin(self._steps)
+        if ratio == PLAIN and not self._gate.needs_scores:
+            loss: Tensor = self.model(input_ids, labels=labels_BT, **arguments).loss
+            return loss
+        labels_BT = _shifted(labels_BT)
+        labelled_BT = labels_BT != IGNORED
+        scores, scores_B, norms_B = self._score(input_ids, labels_BT, arguments)
+        labelled_1B = labelled_BT.any(1).unsqueeze(0)
+        self._gate.observe(scores_B, norms_B, labelled_1B, scores.nonfinite_rows)
+        if ratio == PLAIN:
+            rows_K, weights_K = all_rows(labelled_1B)
+        else:
+            rows_K, weights_K = self._gate.choose(scores_B, labelled_1B, ratio)
+        self._metrics = Metrics(self._steps, ratio, labelled_BT[rows_K], labels_BT, scores)
+        weighted_sum = self._run(rows_K, weights_K, input_ids, labels_BT, arguments)
+        is_biased = self._gating.selection is GatingSelection.TOP
+        divisor = (labelled_BT[rows_K] if is_biased else labelled_BT).sum()
+        return weighted_sum / divisor.clamp_min(1)
+
+    @torch.no_grad()
+    def _score(self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]) -> tuple[Scores, Tensor, Tensor]:
+        """Scores of the tokens looked at, and of every sequence the mean of its score and of its gradient norm."""
+        router: Any = self._router[0]
+        looked_BS = _looked_at(labels_BT != IGNORED)
+        labels_BS = labels_BT.gather(1, looked_BS)
+        fused = isinstance(router, TruncatedRouter)
+        x_BTX = router.hidden(input_ids, **arguments) if fused else _logits(router(input_ids, **arguments))
+        x_NX = x_BTX.gather(1, looked_BS.unsqueeze(-1).expand(-1, -1, x_BTX.shape[-1])).flatten(0, 1)
+        labels_N = labels_BS.flatten()
+        scores = head.score(x_NX, router.head_weight, labels_N) if fused else score(x_NX, labels_N)
+
+        def mean(figures_N: Tensor) -> Tensor:
+            labelled_BS = labels_BS != IGNORED
+            figures_BS = torch.where(labelled_BS, figures_N.view_as(labels_BS), 0.0)
+            return figures_BS.sum(1) / labelled_BS.sum(1).clamp_min(1)
+
+        return scores, mean(judge(self._gating.strategy, scores)), mean(scores.gradient_norm_N)
+
+    def _run(
+        self, rows_K: Tensor, weights_K: Tensor, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Weighted sum of the chosen sequences' losses; the logits of none of them are written."""
+        sequences = len(input_ids)
+        theirs = {
+            name: x[rows_K] if isinstance(x, Tensor) and x.ndim and len(x) == sequences else x
+            for name, x in arguments.items()
+        }
+        body = getattr(self.model, self._body)
+        hidden_KTD = body(input_ids[rows_K], **{"use_cache": False, **theirs}).last_hidden_state
+        labels_N = labels_BT[rows_K].flatten()
+        return head.selected_cross_entropy(
+            hidden_KTD.flatten(0, 1),
+            self.model.get_output_embeddings().weight,
+            labels_N,
+            torch.arange(len(labels_N), device=labels_N.device),
+            weights_K.repeat_interleave(labels_BT.shape[1]),
+        )
+
+
+def _shifted(labels_BT: Tensor) -> Tensor:
+    """Each token's label is the next one."""
+    return F.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
+
+
+def _looked_at(labelled_BT: Tensor) -> Tensor:
+    """Places B x S that the router scores: every fourth, but labelled ones before others."""
+    tokens = labelled_BT.shape[1]
+    is_on_stride_T = torch.arange(tokens, device=labelled_BT.device) % ROUTER_STRIDE == 0
+    priority_BT = 2 * labelled_BT.int() + is_on_stride_T
+    return priority_BT.argsort(dim=1, descending=True, stable=True)[:, : -(-tokens // ROUTER_STRIDE)]
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
