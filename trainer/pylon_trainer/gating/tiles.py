@@ -2,7 +2,7 @@
 
 The rows lie scattered, more in one sequence than in another, and how many is known to the device alone. They are laid
 out in tiles of equal size, each of one sequence, so that shapes depend on the number of rows only and nothing waits for
-the device. It runs everywhere and is the reference for the kernel that needs no tiles (kernels/attention).
+the device. It runs everywhere; on CUDA a kernel that needs no tiles takes its place (kernels/attention).
 
 Shapes: B sequences, T tokens, N = B * T, K chosen rows, H query heads, J key and value heads, E width of a head, G
 tiles of C rows, S = G * C slots for rows.

@@ -45,7 +45,7 @@ class Layout:
         starts_K: the first token of its sequence, 0 to T - 1, that each row may see, never falling within a sequence;
         as borders of documents and sliding windows give it. None: all see the beginning.
         """
-        rows_K = rows_K.to(torch.int32)
+        rows_K = rows_K.to(torch.int32).contiguous()
         first_K = rows_K - rows_K % tokens
         if starts_K is not None:
             first_K = first_K + starts_K.to(torch.int32)

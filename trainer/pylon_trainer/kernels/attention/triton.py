@@ -57,7 +57,7 @@ TENSOR_CORES = {
 LARGE_MEMORY_BYTES = 200 * 1024
 SMALL_MEMORY = Tilings(forward=Tiling(64, 32, 2, 4), d_queries=Tiling(32, 32, 1, 4), d_keys=Tiling(16, 32, 1, 4))
 """For 16-bit elements where shared memory is scarcer."""
-FULL_PRECISION = Tilings(forward=Tiling(32, 16, 1, 8), d_queries=Tiling(32, 16, 1, 8), d_keys=Tiling(16, 32, 1, 8))
+FULL_PRECISION = Tilings(forward=Tiling(32, 16, 1, 8), d_queries=Tiling(16, 16, 1, 4), d_keys=Tiling(16, 16, 1, 8))
 """float32: every product is three, which leaves few registers. Slow, and exact to about 1e-6."""
 
 
