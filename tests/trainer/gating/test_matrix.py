@@ -1,8 +1,8 @@
 """A gated loss through every engine, in every way that a job may run it, against one dense and masked backward pass.
 
 {float32, bfloat16} x {eager, compiled} x {1, 2 ranks} x {1, 4 micro-batches} x {rows kept, recomputed} x {packed
-documents on, off} x engines. Compiled cases run without a graph break; their code generation is torch's business, and
-slow, so all but one stop before it.
+documents on, off} x engines. What is compiled, is so without a graph break (test_compile.py has each engine); here it
+stops before code is generated, which is torch's business, and slow.
 """
 
 from __future__ import annotations
@@ -83,19 +83,38 @@ def test_eager(name: str, bfloat16: bool, isolated: bool, micro_batches: int) ->
     assert_same(gradients(model), dense(name, bfloat16, isolated), 3e-2 if bfloat16 else 1e-5)
 
 
-def test_two_ranks(tmp_path: Path) -> None:
+RANK_CASES = {
+    "eager": [(name, *setting, micro_batches) for name in ENGINES for setting in SETTINGS for micro_batches in (1, 4)],
+    "compiled": [("SinglePass-Truncated-Keep", True, True, 4), ("TwoPass-Truncated-Recompute", False, False, 4)],
+}
+"""Engine, bfloat16, packed documents, micro-batches."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", RANK_CASES)
+def test_two_ranks(mode: str, tmp_path: Path) -> None:
     """Each holds half of the sequences, and the sum of their gradients is that of the batch."""
-    expected = {(name, *setting): dense(name, *setting) for name in ENGINES for setting in SETTINGS}
+    expected = {case[:3]: dense(*case[:3]) for case in RANK_CASES[mode]}
+    backend = "aot_eager" if mode == "compiled" else None
+
+    def gradients_of_half(
+        rank: int, name: str, bfloat16: bool, isolated: bool, micro_batches: int
+    ) -> dict[str, Tensor]:
+        half = slice(rank * SEQUENCES // 2, (rank + 1) * SEQUENCES // 2)
+        model, batch = model_of(), batch_of(SEQUENCES, LENGTH, isolated)
+        documents_BT = None if batch.documents_BT is None else batch.documents_BT[half]
+        own = Batch(batch.tokens_BT[half], batch.labels_BT[half], documents_BT)
+        engine = engine_of(name, model, bfloat16=bfloat16, backend=backend)
+        gated(engine, model, own, weights_of()[half], micro_batches, bfloat16)
+        return gradients(model)
 
     def take_part(world: World) -> None:
-        half = slice(world.rank * SEQUENCES // 2, (world.rank + 1) * SEQUENCES // 2)
-        for (name, bfloat16, isolated), micro_batches in itertools.product(expected, [1, 4]):
-            model, batch = model_of(), batch_of(SEQUENCES, LENGTH, isolated)
-            documents_BT = None if batch.documents_BT is None else batch.documents_BT[half]
-            own = Batch(batch.tokens_BT[half], batch.labels_BT[half], documents_BT)
-            gated(engine_of(name, model, bfloat16=bfloat16), model, own, weights_of()[half], micro_batches, bfloat16)
-            summed = gradients(model)
+        for case in RANK_CASES[mode]:
+            summed = gradients_of_half(world.rank, *case)
             ExactExchange(world, 2**20).exchange(summed)
-            assert_same(summed, expected[name, bfloat16, isolated], 3e-2 if bfloat16 else 1e-5)
+            assert_same(summed, expected[case[:3]], 3e-2 if case[1] else 1e-5)
 
+    if backend:
+        for case in RANK_CASES[mode]:
+            gradients_of_half(0, *case)  # compiled here, once, and inherited by the ranks
     run_ranks(take_part, tmp_path, 2)

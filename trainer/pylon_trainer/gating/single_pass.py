@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from pylon_api.training import KvGradient, RowActivations
 from pylon_trainer.gating.depth import Depth
@@ -38,19 +39,21 @@ class SinglePass:
         self._keeps = activations is RowActivations.KEEP
         self._is_dense = kv_gradient is KvGradient.DENSE
         self._pieces = Pieces(compile_backend)
+        # Gathered once: walking a block's modules takes longer than a small block does.
+        self._parameters = [list(block.parameters()) for block in trunk.blocks]
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> tuple[Tensor, Back]:
         """As Engine has it."""
         trunk = self._trunk
-        trail: list[tuple[Block, Tensor, Kept]] = []
+        trail: list[tuple[Block, list[Parameter], Tensor, Kept]] = []
         with self._autocast():
             context = trunk.context(batch.tokens_BT, batch.documents_BT)
             x_BTD = trunk.embed(batch.tokens_BT, context.places)
             precision = precision_of(x_BTD.device)
-            for block in trunk.blocks:
+            for block, parameters in zip(trunk.blocks, self._parameters, strict=True):
                 y_BTD, kept = self._pieces.run(block, x_BTD, context, precision, self._keeps)
-                trail.append((block, x_BTD, kept))
+                trail.append((block, parameters, x_BTD, kept))
                 x_BTD = y_BTD
             hidden_ND = trunk.norm(x_BTD).flatten(0, 1)
 
@@ -70,6 +73,7 @@ class SinglePass:
     def _back_over(
         self,
         block: Block,
+        parameters: list[Parameter],
         x_BTD: Tensor,
         kept: Kept,
         context: Context,
@@ -79,7 +83,6 @@ class SinglePass:
         sink: Sink,
     ) -> Tensor:
         """The gradient at the rows of a block's input."""
-        parameters = list(block.parameters())
         if not self._is_dense:
             leaf_1MD = rows.take(x_BTD).requires_grad_()
             with self._autocast():

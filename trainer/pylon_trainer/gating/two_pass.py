@@ -39,6 +39,7 @@ class TwoPass:
         self._ends = Ends(trunk, autocast)
         self._keeps = activations is RowActivations.KEEP
         self._pieces = Pieces(compile_backend)
+        self._parameters = [list(block.parameters()) for block in trunk.blocks]
         layers = len(trunk.blocks)
         self._borders = {layers - blocks_over(layers, depth_buckets, bucket) for bucket in range(1, depth_buckets)}
 
@@ -80,12 +81,14 @@ class TwoPass:
                 links.append((leaf_1MD, x_1MD))
 
             gradient_1MD = self._ends.back_over_norm(x_1MD, gradient_KD.unsqueeze(0), sink)
-            for over, block in enumerate(reversed(blocks), start=1):
+            for over, (block, parameters) in enumerate(
+                reversed([*zip(blocks, self._parameters, strict=True)]), start=1
+            ):
                 (leaf_1MD, y_1MD), kept = links.pop(), trail.pop()
                 if not self._keeps:
                     with torch.enable_grad(), self._autocast():
                         y_1MD = self._pieces.run_rows(block, leaf_1MD, passing[over - 1], kept, precision)
-                (gradient_1MD,) = go_back(y_1MD, gradient_1MD, list(block.parameters()), sink, leaf_1MD)
+                (gradient_1MD,) = go_back(y_1MD, gradient_1MD, parameters, sink, leaf_1MD)
                 if over in narrowings:
                     gradient_1MD = narrowings[over].carry(gradient_1MD)
             self._ends.back_over_embedding(lowest.tokens_K, lowest.places_K, gradient_1MD.squeeze(0), sink)
