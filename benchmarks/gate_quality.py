@@ -42,29 +42,13 @@ PRETRAINING = Phase(
     LEARNING_RATE,
     ScheduleSpec(kind=ScheduleKind.CONSTANT, steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 50),
 )
+DECAY = ScheduleSpec(kind=ScheduleKind.WARMUP_STABLE_DECAY, steps=SCHEDULE_STEPS, warmup_steps=0, decay_fraction=1.0)
+WARM_UP_AND_DECAY = DECAY.model_copy(update={"warmup_steps": SCHEDULE_STEPS // 20})
+COSINE = ScheduleSpec(steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 20)
 PHASES = {
-    "late": Phase(
-        "late",
-        "python",
-        1.0,
-        LEARNING_RATE,
-        ScheduleSpec(kind=ScheduleKind.WARMUP_STABLE_DECAY, steps=SCHEDULE_STEPS, warmup_steps=0, decay_fraction=1.0),
-    ),
-    "finetune": Phase(
-        "finetune",
-        "torch",
-        0.5,
-        LEARNING_RATE / 2,
-        ScheduleSpec(
-            kind=ScheduleKind.WARMUP_STABLE_DECAY,
-            steps=SCHEDULE_STEPS,
-            warmup_steps=SCHEDULE_STEPS // 20,
-            decay_fraction=0.95,
-        ),
-    ),
-    "scratch": Phase(
-        "scratch", "python", 1.5, LEARNING_RATE, ScheduleSpec(steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 20)
-    ),
+    "late": Phase("late", "python", 1.0, LEARNING_RATE, DECAY),
+    "finetune": Phase("finetune", "torch", 0.5, LEARNING_RATE / 2, WARM_UP_AND_DECAY),
+    "scratch": Phase("scratch", "python", 1.5, LEARNING_RATE, COSINE),
 }
 """Seconds are multiples of --seconds."""
 

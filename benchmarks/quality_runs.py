@@ -157,7 +157,7 @@ class Laboratory:
         budget_s = phase.seconds * strategy.time_factor
         clock_s, done, recompiles = 0.0, 0, 0
         gated = torch.zeros((), dtype=torch.int64, device=self._device)
-        while (left := steps - done if steps is not None else round((budget_s - clock_s) / step_s)) > 0:
+        while (left := _steps_left(steps, done, budget_s - clock_s, step_s)) > 0:
             count = min(ROUND_STEPS, left)
             if steps is not None:
                 shares = [(done + i) / steps for i in range(count)]
@@ -231,6 +231,13 @@ class Laboratory:
             order_W = torch.from_numpy(generator.permutation(len(windows_WT))).to(self._device)
             for start in range(0, len(order_W) - sequences + 1, sequences):
                 yield _batch(windows_WT[order_W[start : start + sequences]])
+
+
+def _steps_left(steps: int | None, done: int, left_s: float, step_s: float) -> int:
+    """Of `steps`, or of the time that is left; a run has at least one."""
+    if steps is not None:
+        return steps - done
+    return max(round(left_s / step_s), 0 if done else 1)
 
 
 def _batch(windows_BT: Tensor) -> Batch:
