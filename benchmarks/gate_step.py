@@ -27,7 +27,7 @@ import torch
 from measure import RESULTS, publish
 from plain_baselines import WholeHeadStep, fastest_attention, rival_heads
 from step_bench import Bench, Kind
-from step_flops import backward_flops, counting_process
+from step_flops import StepFlops, counting_process, step_flops
 
 from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
@@ -117,8 +117,8 @@ def measure(
     torch.manual_seed(0)
     bench = Bench(shape.build().to(device), shape.batch(shape.sequences, device))
 
-    def count(gating: dict[str, Any]) -> Future[int]:
-        return counting.submit(backward_flops, shape.model, shape.vocabulary, shape.tokens, gating)
+    def count(gating: dict[str, Any]) -> Future[StepFlops]:
+        return counting.submit(step_flops, shape.model, shape.vocabulary, shape.tokens, gating)
 
     kinds = [
         *plain_kinds(bench.model, device, compiles, count({})),
@@ -142,7 +142,7 @@ def measure(
     return kinds
 
 
-def plain_kinds(model: Transformer, device: torch.device, compiles: bool, flops: Future[int]) -> Iterator[Kind]:
+def plain_kinds(model: Transformer, device: torch.device, compiles: bool, flops: Future[StepFlops]) -> Iterator[Kind]:
     """Pylon's own, and on CUDA the same blocks with other heads."""
     yield Kind("Plain", 1.0, partial(step_of, model, device, compiles, {}), flops, is_plain=True)
     if device.type == "cuda":
@@ -189,7 +189,8 @@ def rows_of(
             "speedup": statistics.median(plain.step_ms) / statistics.median(kind.step_ms),
             "memory_ratio": ratio_of(kind.peak_bytes, plain.peak_bytes),
             "activation_memory_ratio": ratio_of(activation_bytes(kind), activation_bytes(plain)),
-            "backward_flop_ratio": ratio_of(flops_of(kind), plain_flops),
+            "backward_flop_ratio": flops.backward / plain_flops.backward if flops and plain_flops else None,
+            "step_flop_ratio": flops.whole / plain_flops.whole if flops and plain_flops else None,
             "forward_backward_ms": statistics.median(kind.forward_backward_ms),
             "forward_backward_speedup": statistics.median(plain.forward_backward_ms)
             / statistics.median(kind.forward_backward_ms),
@@ -199,7 +200,7 @@ def rows_of(
             "recompiles": kind.recompiles,
             "gradient_difference": kind.gradient_difference,
         }
-        for kind in kinds
+        for kind, flops in zip(kinds, map(flops_of, kinds), strict=True)
     ]
 
 
@@ -209,12 +210,12 @@ def activation_bytes(kind: Kind) -> int | None:
     return kind.peak_bytes - kind.persistent_bytes
 
 
-def flops_of(kind: Kind) -> int | None:
+def flops_of(kind: Kind) -> StepFlops | None:
     """None when they could not be counted."""
-    error = kind.backward_flops.exception()
+    error = kind.flops.exception()
     if error is not None:
         print(f"  FLOPs of {kind.name} {kind.ratio}: {error!r}")
-    return None if error is not None else kind.backward_flops.result()
+    return None if error is not None else kind.flops.result()
 
 
 def ratio_of(part: int | None, whole: int | None) -> float | None:
