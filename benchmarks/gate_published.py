@@ -35,7 +35,7 @@ ROUNDS = 6
 STEPS_OF_TURN = 4
 """The first step of a turn waits for its first kernels to be launched and is not counted."""
 
-SHAPES = {
+SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "cpu": ({"num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}, 8, 64),
     "cuda": (
         {

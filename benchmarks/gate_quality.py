@@ -12,9 +12,7 @@ starting weights and order of data; each run has the same time on the device (qu
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
 import sys
 import time
 import traceback
@@ -22,13 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measure import RESULTS, print_table, write_results
 from python_corpus import prepare, read_corpus
 from quality_runs import Laboratory, Outcome, Phase, Scale, Snapshot, Strategy
+from quality_table import PLAIN, read_rows, summarise
 
-from pylon_api.training import GatingSpec, ScheduleKind, ScheduleSpec
+from pylon_api.training import ScheduleKind, ScheduleSpec
 
 CORPUS = Path(__file__).parents[1] / ".cache" / "python_corpus.npz"
 LARGE = Scale({"layers": 8, "hidden_size": 512, "heads": 8}, sequences=64, tokens=512)
@@ -66,9 +64,7 @@ PHASES = {
 
 def gate(**fields: Any) -> dict[str, Any]:
     """A gate in the blocks that keeps to its ratio."""
-    fixed = {"ratio_control": "Fixed", "fallback": "Never"}
-    known = {name: value for name, value in fixed.items() if name in GatingSpec.model_fields}
-    return {"strategy": "GradientNorm", "engine": "SinglePass"} | known | fields
+    return {"strategy": "GradientNorm", "engine": "SinglePass", "ratio_control": "Fixed", "fallback": "Never"} | fields
 
 
 SEQUENCES = {"granularity": "Sequence", "strategy": "Difficulty", "selection": "Top", "router_layers": 2}
@@ -83,8 +79,7 @@ STRATEGIES = {
         Strategy("random rows 0.5", gate(strategy="Random", token_ratio=0.5)),
         Strategy("hardest tokens 0.25", gate(strategy="Difficulty", selection="Top", token_ratio=0.25)),
         Strategy("hardest sequences 0.25", gate(**SEQUENCES, engine="HeadOnly", token_ratio=0.25)),
-        Strategy("plain, 1.3x the time", time_factor=1.3),
-        Strategy("plain, 1.6x the time", time_factor=1.6),
+        *(Strategy(name, time_factor=factor) for factor, name in PLAIN.items() if factor > 1),
         Strategy("gated 0.5 dense", gate(token_ratio=0.5, kv_gradient="Dense")),
         Strategy("gated 0.25 dense", gate(token_ratio=0.25, kv_gradient="Dense")),
         Strategy("exact 0.5, steps of gated 0.5", gate(token_ratio=0.5, engine="HeadOnly"), steps_of="gated 0.5"),
@@ -154,6 +149,9 @@ class Study:
                 steps = outcomes[strategy.steps_of].steps if strategy.steps_of else None
                 try:
                     outcome, _ = self._laboratory.train(strategy, phase, seed, start, steps)
+                    if outcome.recompiles:
+                        print(f"{name} seed {seed} {strategy.name}: again, as something had to be compiled", flush=True)
+                        outcome, _ = self._laboratory.train(strategy, phase, seed, start, steps)
                 except Exception:
                     self._fail(f"{name}: {strategy.name}")
                     self._ready.discard(strategy.name)
@@ -191,71 +189,6 @@ class Study:
 
 def scaled(phase: Phase, factor: float) -> Phase:
     return Phase(phase.name, phase.kind, phase.seconds * factor, phase.learning_rate, phase.schedule)
-
-
-def read_rows(results: Path) -> list[dict[str, Any]]:
-    """Those of earlier calls."""
-    path = results / "gate_quality.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    return rows
-
-
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By phase and strategy: mean loss, paired difference to plain, and what it takes plain to be as good."""
-    losses: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        losses.setdefault((row["phase"], row["strategy"]), {})[row["seed"]] = row["loss"]
-    table = []
-    for (phase, strategy), by_seed in losses.items():
-        own = [row for row in rows if (row["phase"], row["strategy"]) == (phase, strategy)]
-        plain = losses.get((phase, "plain"), {})
-        differences = [loss - plain[seed] for seed, loss in by_seed.items() if seed in plain]
-        mean, error = mean_and_error(differences)
-        table.append(
-            {
-                "phase": phase,
-                "strategy": strategy,
-                "seeds": len(by_seed),
-                "ratio": statistics.mean(row["ratio"] for row in own),
-                "seconds": statistics.mean(row["seconds"] for row in own),
-                "steps": round(statistics.mean(row["steps"] for row in own)),
-                "step_ms": statistics.mean(row["step_ms"] for row in own),
-                "loss": f"{statistics.mean(by_seed.values()):.4f}",
-                "to plain": f"{mean:+.4f}",
-                "error": f"{error:.4f}",
-                "verdict": "" if strategy == "plain" else verdict(mean, error),
-                "plain needs": time_of_plain(losses, phase, statistics.mean(by_seed.values())),
-            }
-        )
-    return table
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which one value alone does not tell."""
-    if len(values) < 2:
-        return statistics.mean(values) if values else math.nan, math.nan
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def verdict(mean: float, error: float) -> str:
-    if math.isnan(error) or abs(mean) <= 2 * error:
-        return "as plain"
-    return "better" if mean < 0 else "lost"
-
-
-def time_of_plain(losses: Mapping[tuple[str, str], Mapping[int, float]], phase: str, loss: float) -> str:
-    """Time after which plain training is as good, as a multiple, read off its longer runs."""
-    known = [
-        (strategy.time_factor, statistics.mean(by_seed.values()))
-        for name, strategy in STRATEGIES.items()
-        if name.startswith("plain") and (by_seed := losses.get((phase, name)))
-    ]
-    if len(known) < 2 or loss > known[0][1]:
-        return ""
-    if loss < min(mean for _, mean in known):
-        return f"over {known[-1][0]}x"
-    factors, means = zip(*sorted(known, key=lambda pair: pair[1]), strict=True)
-    return f"{np.interp(loss, means, factors):.2f}x"
 
 
 def main() -> int:

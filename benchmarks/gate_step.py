@@ -11,6 +11,7 @@ counted on tensors without data. A kind that fails costs only itself: it is name
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import traceback
@@ -95,9 +96,7 @@ def step_of(model: Transformer, device: torch.device, compiles: bool, gating: di
 
 def gate_of(fields: dict[str, Any], ratio: float) -> dict[str, Any]:
     """A gate of fixed ratio that never falls back to the plain step."""
-    fixed = {"ratio_control": "Fixed", "fallback": "Never"}
-    known = {name: value for name, value in fixed.items() if name in GatingSpec.model_fields}
-    return {"strategy": "GradientNorm", "token_ratio": ratio} | known | fields
+    return {"strategy": "GradientNorm", "ratio_control": "Fixed", "fallback": "Never", "token_ratio": ratio} | fields
 
 
 def measure(
@@ -117,7 +116,10 @@ def measure(
 
     torch.manual_seed(0)
     bench = Bench(shape.build().to(device), shape.batch(shape.sequences, device))
-    count = partial(counting.submit, backward_flops, shape.model, shape.vocabulary, shape.tokens)
+
+    def count(gating: dict[str, Any]) -> Future[int]:
+        return counting.submit(backward_flops, shape.model, shape.vocabulary, shape.tokens, gating)
+
     kinds = [
         *plain_kinds(bench.model, device, compiles, count({})),
         *(
@@ -134,7 +136,9 @@ def measure(
     kinds = [kind for kind in kinds if survives(kind, bench.warm_up)]
     for _ in range(ROUNDS):
         kinds = [kind for kind in kinds if survives(kind, bench.take_turn)]
-    compare_gradients(bench, kinds)
+    for kind in kinds[1:]:
+        if kinds[0].is_plain and kind.ratio == 1 and not kind.is_plain:
+            kind.gradient_difference = bench.gradient_difference(kind, kinds[0])
     return kinds
 
 
@@ -153,27 +157,30 @@ def gates(quick: bool) -> Iterator[tuple[str, dict[str, Any], float]]:
                 yield name, fields, ratio
 
 
-def compare_gradients(bench: Bench, kinds: list[Kind]) -> None:
-    """A gate that leaves out nothing must give the gradients of the plain step."""
-    if not kinds or kinds[0].name != "Plain":
-        return
-    for kind in kinds:
-        if kind.ratio == 1 and not kind.is_plain:
-            own, plain = bench.gradients(kind), bench.gradients(kinds[0])
-            difference = torch.nn.utils.get_total_norm([own[name] - plain[name] for name in plain])
-            kind.gradient_difference = float(difference / torch.nn.utils.get_total_norm(plain.values()))
-
-
-def rows_of(name: str, device: torch.device, compiles: bool, kinds: list[Kind]) -> list[dict[str, Any]]:
-    """One flat object of every kind, beside the fastest plain one."""
-    plain = min((kind for kind in kinds if kind.is_plain), key=lambda kind: statistics.median(kind.step_ms))
+def rows_of(
+    name: str,
+    shape: Shape,
+    device: torch.device,
+    arguments: argparse.Namespace,
+    counting: Executor,
+    failures: list[str],
+) -> list[dict[str, Any]]:
+    """One flat object of every kind, beside the fastest plain one; none when every plain one failed."""
+    print(f"{name}:", flush=True)
+    spec = ModelSpec.model_validate(shape.model)
+    with fastest_attention(spec, shape.sequences, shape.tokens) if device.type == "cuda" else nullcontext():
+        kinds = measure(shape, device, arguments.compile, arguments.quick, counting, failures)
+    plains = [kind for kind in kinds if kind.is_plain]
+    if not plains:
+        return []
+    plain = min(plains, key=lambda kind: statistics.median(kind.step_ms))
     print(f"  the fastest plain step: {plain.name}", flush=True)
     plain_flops = flops_of(plain)
     return [
         {
             "shape": name,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "compiled": compiles,
+            "compiled": arguments.compile,
             "engine": kind.name,
             "granularity": kind.granularity,
             "ratio": kind.ratio,
@@ -231,15 +238,11 @@ def main() -> int:
     failures: list[str] = []
     with counting_process() as counting:
         for name in arguments.shape or list(shapes):
-            shape = shapes[name]
-            print(f"{name}:", flush=True)
-            spec = ModelSpec.model_validate(shape.model)
-            with fastest_attention(spec, shape.sequences, shape.tokens) if device.type == "cuda" else nullcontext():
-                kinds = measure(shape, device, arguments.compile, arguments.quick, counting, failures)
-            if any(kind.is_plain for kind in kinds):
-                rows += rows_of(name, device, arguments.compile, kinds)
+            rows += rows_of(name, shapes[name], device, arguments, counting, failures)
+            if rows:
                 publish("gate_step", rows, arguments.results, timing="median over rounds in which all kinds take turns")
             torch._dynamo.reset()
+            gc.collect()  # the next shape's memory must not include this one's
     if failures:
         print(f"failed: {', '.join(failures)}", file=sys.stderr)
     return 1 if failures else 0

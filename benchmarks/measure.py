@@ -62,8 +62,10 @@ def host_syncs(function: Callable[[], object]) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        function()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 

@@ -21,16 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.models import Transformer
-from pylon_trainer.step import IGNORED, Batch, StepResult
+from pylon_trainer.step import IGNORED, Batch
 
 LossSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of hidden states N x D, head weight V x D and labels N, both in the precision of products."""
 
 
 class Trainable(Protocol):
-    """The part of a TrainingStep that trains."""
+    """The part of a TrainingStep that adds to the gradients."""
 
-    def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
+    def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> object:
         """As TrainingStep has it."""
         ...
 
@@ -45,22 +45,20 @@ class WholeHeadStep:
     model: Transformer
     loss_sum: LossSum
 
-    def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:  # noqa: ARG002
+    def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> None:  # noqa: ARG002
         """As TrainingStep has it."""
         with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
             hidden_ND = self.model(batch.tokens_BT, batch.documents_BT).flatten(0, 1)
-        labels_N = batch.labels_BT.flatten()
-        loss = self.loss_sum(hidden_ND.bfloat16(), self.model.head_weight.bfloat16(), labels_N)
+        weight_VD = self.model.head_weight.bfloat16()
+        loss = self.loss_sum(hidden_ND.bfloat16(), weight_VD, batch.labels_BT.flatten())
         (loss / global_tokens).backward()
-        tokens = (labels_N != IGNORED).sum()
-        return StepResult(loss.detach(), tokens, tokens)
 
 
 def rival_heads() -> dict[str, LossSum]:
     """By name, what competes with Pylon's own head."""
     rivals: dict[str, LossSum] = {"all logits, compiled": torch.compile(_all_logits, dynamic=False)}
     if importlib.util.find_spec("liger_kernel") is not None:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
         liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")
         rivals["Liger"] = lambda hidden_ND, weight_VD, labels_N: liger(weight_VD, hidden_ND, labels_N)
@@ -72,8 +70,17 @@ def _all_logits(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tenso
 
 
 @contextmanager
-def fastest_attention(spec: ModelSpec, sequences: int, tokens: int) -> Iterator[str]:
+def fastest_attention(spec: ModelSpec, sequences: int, tokens: int) -> Iterator[None]:
     """Attention runs on the backend that is fastest forward and backward at this shape, on others where it cannot."""
+    times_ms = attention_ms(spec, sequences, tokens)
+    order = sorted(times_ms, key=lambda backend: times_ms[backend])
+    print("  attention: " + ", ".join(f"{backend.name} {times_ms[backend]:.2f} ms" for backend in order), flush=True)
+    with sdpa_kernel([*order, *(backend for backend in BACKENDS if backend not in order)], set_priority=True):
+        yield
+
+
+def attention_ms(spec: ModelSpec, sequences: int, tokens: int) -> dict[SDPBackend, float]:
+    """Forward and backward of one block's attention on every fused backend that can."""
     width = spec.hidden_size // spec.heads
     q_BHTE, k_BJTE, v_BJTE = (
         torch.randn(sequences, heads, tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -92,8 +99,5 @@ def fastest_attention(spec: ModelSpec, sequences: int, tokens: int) -> Iterator[
             try:
                 times_ms[backend] = milliseconds(attend, repeat_ms=50)
             except RuntimeError as error:  # no kernel of this backend for this shape
-                print(f"attention: {backend.name} cannot run here: {str(error).splitlines()[0]}")
-    order = sorted(times_ms, key=lambda backend: times_ms[backend])
-    print("attention, forward and backward: " + ", ".join(f"{b.name} {times_ms[b]:.2f} ms" for b in order))
-    with sdpa_kernel([*order, *(b for b in BACKENDS if b not in order)], set_priority=True):
-        yield order[0].name if order else SDPBackend.MATH.name
+                print(f"  attention: {backend.name} cannot run here: {str(error).splitlines()[0]}")
+    return times_ms

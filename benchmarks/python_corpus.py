@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -50,15 +51,16 @@ def prepare(path: Path) -> None:
     training = [source for source in sources if not source.is_held_out]
     tokenizer = train_bpe((source.text for source in training[::BPE_EVERY]), VOCABULARY)
     end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None
     arrays: dict[str, Ids] = {}
     for kind, limit in TOKENS.items():
         for split, tokens in (("train", limit), ("held_out", HELD_OUT_TOKENS)):
             wanted = (s.text for s in sources if s.kind == kind and s.is_held_out == (split == "held_out"))
-            parts: list[Ids] = []
-            while sum(map(len, parts)) < tokens and (text := next(wanted, None)) is not None:
-                parts.append(np.array([*tokenizer.encode(text, add_special_tokens=False).ids, end], dtype=np.uint16))
-            arrays[f"{kind}_{split}"] = np.concatenate(parts)[:tokens]
-            print(f"{kind} {split}: {len(arrays[f'{kind}_{split}']):,} tokens", flush=True)
+            ids = array("H")
+            while len(ids) < tokens and (text := next(wanted, None)) is not None:
+                ids.extend([*tokenizer.encode(text, add_special_tokens=False).ids, end])
+            arrays[f"{kind}_{split}"] = np.array(ids[:tokens], dtype=np.uint16)
+            print(f"{kind} {split}: {min(len(ids), tokens):,} tokens", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # numpy's stub takes one array type for all keywords
 

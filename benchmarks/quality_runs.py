@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from measure import Mark, compiled_graphs
-from plain_baselines import Trainable
 from python_corpus import VOCABULARY, Ids
 from torch import Tensor
 
@@ -179,7 +178,7 @@ class Laboratory:
         return Outcome(loss, clock_s, done, tokens, int(gated) / max(tokens, 1), recompiles), end
 
     def _round(
-        self, step: Trainable, optimizer: AdamW, batches: Iterator[Batch], rates: list[float], *, first: int
+        self, step: TrainingStep, optimizer: AdamW, batches: Iterator[Batch], rates: list[float], *, first: int
     ) -> tuple[float, Tensor]:
         """One step for each learning rate; the seconds they took together, and the tokens that carried gradient."""
         gated = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -197,10 +196,11 @@ class Laboratory:
 
     def _held_out_loss(self, kind: str) -> float:
         windows_WT = self._windows[f"{kind}_held_out"]
+        whole = len(windows_WT) // self._scale.sequences * self._scale.sequences  # a part of a batch would recompile
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part_BT in windows_WT.split(self._scale.sequences):
+        for part_BT in windows_WT[:whole].split(self._scale.sequences):
             loss_sum += self._plain.evaluate(_batch(part_BT)).loss_sum
-        return float(loss_sum) / (len(windows_WT) * self._scale.tokens)
+        return float(loss_sum) / (whole * self._scale.tokens)
 
     def _build(self, gating: dict[str, Any]) -> TrainingStep:
         on_device = self._device.type == "cuda"

@@ -1,11 +1,11 @@
-"""Attention of scattered rows, forward and backward, beside attention of all rows and two other ways to have some.
+"""Attention of scattered rows, forward and backward, beside attention of all rows and beside masked attention of some.
 
     python benchmarks/row_attention.py
 
-`full` is PyTorch's attention of all rows, by the faster of its two flash backends. `masked` and `flex` put the rows of
-each sequence side by side, padded to the longest, as queries of masked attention and of FlexAttention; both are told
-the lengths for free, which a training step could not know without waiting for the device. `backward` sends gradients to
-the queries and to the rows' own keys and values, `dense_backward` and all the others to the keys and values of all."""
+`full` is PyTorch's attention of all rows, by the faster of its two flash backends. `masked` puts the rows of each
+sequence side by side, padded to the longest, as queries of PyTorch's attention under a mask; it is told the lengths for
+free, which a training step could not know without waiting for the device. `backward` sends gradients to the queries and
+to the rows' own keys and values, `dense_backward` and the others to the keys and values of all."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ import torch.nn.functional as F
 from measure import milliseconds, publish, results_directory
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from pylon_trainer.kernels.attention import Layout, attend_rows
 
 SHAPES = {"1.17B": (8, 2048, 16, 16, 128), "135M": (32, 2048, 9, 3, 64)}
 RATIOS = [0.5, 0.25, 0.125]
 FLASH_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-
-compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 def times(attend: Callable[[], Tensor], *leaves: Tensor) -> tuple[float, float]:
@@ -62,7 +59,7 @@ def full_times(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> tuple[float, f
 
 
 def padded(rows_K: Tensor, sequences: int, tokens: int) -> Tensor:
-    """B x C: the chosen tokens of each sequence, then token -1, which sees nothing that matters."""
+    """B x C: the chosen tokens of each sequence, then its last token as often as needed."""
     per_sequence = [rows_K[rows_K // tokens == b] % tokens for b in range(sequences)]
     return torch.nn.utils.rnn.pad_sequence(per_sequence, batch_first=True, padding_value=tokens - 1)
 
@@ -86,12 +83,8 @@ def measure(shape: str, ratio: float) -> dict[str, Any]:
     t_BC = padded(rows_K, B, T)
     q_BHCE = q_BHTE.detach().gather(2, t_BC[:, None, :, None].expand(-1, H, -1, E)).requires_grad_()
     mask_B1CT = (torch.arange(T, device="cuda") <= t_BC[:, :, None]).unsqueeze(1)
-    block_mask = create_block_mask(
-        lambda b, _, q, k: k <= t_BC[b, q], B, None, t_BC.shape[1], T, device="cuda", _compile=True
-    )
     leaves = q_BHCE, k_BJTE, v_BJTE
     masked = times(lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask_B1CT, enable_gqa=True), *leaves)
-    flex = times(lambda: compiled_flex_attention(*leaves, block_mask=block_mask, enable_gqa=True), *leaves)
     full = full_times(q_BHTE, k_BJTE, v_BJTE)
     return {
         "shape": shape,
@@ -103,8 +96,6 @@ def measure(shape: str, ratio: float) -> dict[str, Any]:
         "full_backward_ms": full[1],
         "masked_forward_ms": masked[0],
         "masked_backward_ms": masked[1],
-        "flex_forward_ms": flex[0],
-        "flex_backward_ms": flex[1],
         "speedup_vs_full": sum(full) / (forward_ms + backward_ms),
     }
 

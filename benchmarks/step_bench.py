@@ -70,11 +70,16 @@ class Bench:
             parameter.grad = None
         return begin, middle, Mark(self.device)
 
-    def gradients(self, kind: Kind) -> dict[str, Tensor]:
+    def gradient_difference(self, kind: Kind, other: Kind) -> float:
+        """Norm of the difference of two kinds' gradients, as a share of the other's."""
+        own, others = self._gradients(kind), self._gradients(other)
+        difference = torch.nn.utils.get_total_norm([own[name] - others[name] for name in others])
+        return float(difference / torch.nn.utils.get_total_norm(others.values()))
+
+    def _gradients(self, kind: Kind) -> dict[str, Tensor]:
         self.backward(kind)
         gradients = dict(named_gradients(self._parameters))
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self.model.zero_grad()
         return gradients
 
     def warm_up(self, kind: Kind) -> None:

@@ -38,7 +38,7 @@ def backward_flops(model: dict[str, Any], vocabulary: int, tokens: int, gating: 
     """Products of an eager step beyond one forward pass through blocks and head, of eight sequences, so that every
     ratio gives whole ones. Counted at one and two blocks, which are alike."""
     first, second = (_count({**model, "layers": layers}, vocabulary, tokens, gating) for layers in (1, 2))
-    return first + (second - first) * (model["layers"] - 1)
+    return first + (second - first) * (int(model["layers"]) - 1)
 
 
 def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: dict[str, Any]) -> int:
@@ -57,14 +57,14 @@ def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: d
         with Counter() as forward, torch.no_grad():
             hidden_BTD = model(tokens_BT)
             hidden_BTD @ model.head_weight.T
-    return whole.total - forward.total
+    return int(whole.total - forward.total)
 
 
 class Counter(TorchDispatchMode):
     """Adds up the FLOPs of all products that run inside it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -226,7 +226,7 @@ class TrainingProgress(Report):
     bytes_per_step: int | None = None
     """Bytes that one rank exchanged per step, the larger of sent and received."""
     skipped_steps: int = 0
-    """Steps of this attempt whose update was left out because loss or gradients were not finite."""
+    """Steps of this attempt whose update was left out because logits or gradients were not finite."""
     notices: list[str] = Field(default=[], max_length=20)
     """What a person should know, for example a damaged checkpoint that was passed over; newest last."""
     sample: str | None = None

@@ -148,7 +148,7 @@ class TrainerStatus(Report):
     bytes_per_step: int | None = None
     """Bytes that one rank exchanged per step, the larger of sent and received."""
     skipped_steps: int = 0
-    """Steps of this attempt whose update was left out because loss or gradients were not finite."""
+    """Steps of this attempt whose update was left out because logits or gradients were not finite."""
     step_seconds: float | None = None
     """Median seconds per step over the last log interval."""
     checkpoint: CheckpointReport | None = None

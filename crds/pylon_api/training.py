@@ -291,8 +291,8 @@ class GatingSpec(Spec):
     """GradientMass: the smallest share of tokens whose scores hold targetMass of the gradient norms, followed while
     training. Fixed: tokenRatio throughout, so that two runs of one seed are the same bit for bit."""
     token_ratio: float = Field(default=0.5, gt=0, le=1)
-    """Share of tokens that carry gradient once warm-up is over; 1 keeps all. With GradientMass it is where the ratio
-    starts."""
+    """Share of tokens that carry gradient once warm-up is over; 1 keeps all. With GradientMass it is the
+    ratio of gated steps before anything has been measured."""
     warmup_steps: int = Field(default=0, ge=0, le=2**53)
     """Steps over which the ratio falls linearly from 1; 0 switches it off."""
     final_token_ratio: float | None = Field(default=None, gt=0, le=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -215,32 +214,39 @@ def test_a_checkpoint_is_taken_at_the_step_that_the_answer_names(
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, what: str, is_spoiled: Callable[[int], bool]) -> None:
-    """Make rank 1's gradients, or what it says of its loss alone, infinite at some steps (from 0)."""
-    forward_backward = PlainStep.forward_backward
+    """Make rank 1's gradients, or one of its hidden states, infinite at some steps (from 0)."""
+    forward_backward, hidden = PlainStep.forward_backward, PlainStep._hidden
+    steps: list[int] = []
 
     def patched(self: PlainStep, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
+        steps.append(step)
         result = forward_backward(self, batch, global_tokens=global_tokens, step=step)
-        if not is_spoiled(step) or torch.distributed.get_rank() != 1:
-            return result
-        if what == "loss":
-            return dataclasses.replace(result, loss_sum=torch.full_like(result.loss_sum, float("inf")))
-        for parameter in self.model.parameters():
-            assert parameter.grad is not None
-            parameter.grad.fill_(float("inf"))
+        if what == "gradients" and is_spoiled(step) and torch.distributed.get_rank() == 1:
+            for parameter in self.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(float("inf"))
         return result
 
+    def patched_hidden(self: PlainStep, batch: Batch) -> torch.Tensor:
+        hidden_ND = hidden(self, batch)
+        is_training = torch.is_grad_enabled()
+        if what == "logits" and is_training and is_spoiled(steps[-1]) and torch.distributed.get_rank() == 1:
+            return hidden_ND.index_fill(0, torch.tensor([0]), float("inf"))
+        return hidden_ND
+
     monkeypatch.setattr(PlainStep, "forward_backward", patched)
+    monkeypatch.setattr(PlainStep, "_hidden", patched_hidden)
 
 
-@pytest.mark.parametrize("what", ["gradients", "loss"])
+@pytest.mark.parametrize(("what", "told"), [("gradients", "gradients"), ("logits", "logits of 1 token(s)")])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all_and_told(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str, told: str
 ) -> None:
     spoil(monkeypatch, what, lambda step: step in (3, 5))
     exit_code, pod = run_pod(tmp_path, make_config())
     assert (exit_code, pod.final.skipped_steps) == (0, 2), pod.log
     assert pod.final.notices == [
-        "by step 4 an update was left out because loss or gradients were not finite; skippedSteps counts them"
+        f"by step 4 an update was left out because {told} were not finite; skippedSteps counts on"
     ]
     losses = {step: float(loss) for step, loss in pod.values("loss").items()}
     assert losses[8] < losses[1]

@@ -27,6 +27,8 @@ class Reading:
     bytes_per_step: int
     gradient_norm: float
     learning_rate: float
+    nonfinite_tokens: int
+    """Tokens with a logit that was infinite or not a number."""
     difficulty: DifficultyReport | None
     """Since the process began; None when no token was scored."""
 
@@ -40,7 +42,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self._world.device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
         self._step_seconds: list[float] = []
         self._exchanged_bytes = 0
         self._last_time = time.perf_counter()
@@ -51,7 +53,8 @@ class Meter:
             loss_sum = result.loss_sum.double()
             is_finite = torch.isfinite(loss_sum)
             finite_tokens = result.tokens * is_finite
-            self._sums += torch.stack([torch.nan_to_num(loss_sum) * is_finite, finite_tokens, result.tokens])
+            finite_loss_sum = torch.nan_to_num(loss_sum) * is_finite
+            self._sums += torch.stack([finite_loss_sum, finite_tokens, result.tokens, result.nonfinite_rows])
             if result.difficulty is not None:
                 self._tally += result.difficulty
         self._update = update
@@ -70,8 +73,8 @@ class Meter:
         """Close the interval. Collective; waits for the device, whose lag counts towards the last step."""
         # One collective and one copy for both; this rank's own tally goes on.
         totals = self._world.sum(torch.cat([self._sums, self._tally.flatten()])).cpu()
-        loss_sum, finite_tokens, tokens = totals[:3].tolist()
-        tally = totals[3:].reshape(difficulty.SHAPE)
+        loss_sum, finite_tokens, tokens, nonfinite_tokens = totals[:4].tolist()
+        tally = totals[4:].reshape(difficulty.SHAPE)
         gradient_norm = float(self._update.gradient_norm)
         lag = time.perf_counter() - self._last_time
         seconds = sum(self._step_seconds) + lag
@@ -82,6 +85,7 @@ class Meter:
             bytes_per_step=self._exchanged_bytes // len(self._step_seconds),
             gradient_norm=gradient_norm,
             learning_rate=self._update.learning_rate,
+            nonfinite_tokens=int(nonfinite_tokens),
             difficulty=difficulty.describe(tally.tolist()) if tally.any() else None,
         )
         self._reset()

@@ -51,7 +51,7 @@ class StatusCollector(Collector):
 def _progress(status: TrainerStatus) -> Iterator[Metric]:
     yield from _gauges("pylon_trainer", _GAUGES, status)
     yield CounterMetricFamily("pylon_trainer_tokens", "Tokens trained on.", value=status.tokens)
-    description = "Steps whose update was left out because loss or gradients were not finite."
+    description = "Steps whose update was left out because logits or gradients were not finite."
     yield CounterMetricFamily("pylon_trainer_skipped_steps", description, value=status.skipped_steps)
     if status.checkpoint is not None:
         description = "Step of the newest committed checkpoint."

@@ -66,24 +66,13 @@ class Run:
             self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
             for part in self.micro_batches(batch)
         ]
-        gradients = named_gradients(self.parameters)
-        _spoil_unless_finite(gradients, results)
-        exchanged_bytes = self.exchange.exchange(gradients)
+        exchanged_bytes = self.exchange.exchange(named_gradients(self.parameters))
         gradient_norm = self.optimizer.update(learning_rate)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
         self.tokens += global_tokens
         return Update(results, gradient_norm, learning_rate, exchanged_bytes)
-
-
-def _spoil_unless_finite(gradients: dict[str, Tensor], results: list[StepResult]) -> None:
-    """Make one gradient NaN when a loss is not finite, so that every rank, having summed it, leaves the update out.
-
-    Gradients may hide what a loss shows: a gate need not choose the row whose logits overflowed.
-    """
-    loss_sum = torch.stack([result.loss_sum for result in results]).sum()
-    min(gradients.values(), key=Tensor.numel).add_(0 * loss_sum)  # 0 times infinity is NaN
 
 
 def build(config: RunConfig, world: World, data: TrainingData) -> Run:

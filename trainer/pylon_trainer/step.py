@@ -42,6 +42,11 @@ class Batch:
             for start in range(0, len(self.tokens_BT), sequences)
         ]
 
+    def take(self, rows_K: Tensor) -> Batch:
+        """The sequences at these places."""
+        documents_BT = None if self.documents_BT is None else self.documents_BT[rows_K]
+        return Batch(self.tokens_BT[rows_K], self.labels_BT[rows_K], documents_BT)
+
     def to(self, device: torch.device) -> Batch:
         """The same on a device, copied without blocking."""
         return Batch(

@@ -89,7 +89,7 @@ def _refuse_to_stay_infinite(run: Run) -> None:
     skipped = int(run.optimizer.skipped_in_row)
     if skipped >= MAX_SKIPPED_STEPS:
         raise NonFiniteLoss(
-            f"loss or gradients were not finite in {skipped} steps in a row up to step {run.step}; "
+            f"gradients were not finite in {skipped} steps in a row up to step {run.step}; "
             f"lower training.optimizer.learningRate or look at the data"
         )
 
@@ -99,9 +99,9 @@ def _log(run: Run, meter: Meter, board: Board) -> None:
     gate = run.training_step.report()
     skipped = int(run.optimizer.skipped)
     if skipped and not board.status.skipped_steps:
+        what = f"logits of {reading.nonfinite_tokens} token(s)" if reading.nonfinite_tokens else "gradients"
         board.add_notice(
-            f"by step {run.step} an update was left out because loss or gradients were not finite; "
-            f"skippedSteps counts them"
+            f"by step {run.step} an update was left out because {what} were not finite; skippedSteps counts on"
         )
     board.update(
         loss=reading.loss,

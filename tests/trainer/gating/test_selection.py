@@ -101,7 +101,7 @@ def test_any_rule_hands_out_just_what_there_is(
 
 @each_unbiased_rule
 def test_each_token_is_drawn_as_often_as_its_probability_says(gating: GatingSpec) -> None:
-    scores_BT, rows, starts = scores_of(5, 10), 20, 2000
+    scores_BT, rows, starts = scores_of(5, 10), 20, 500
     counts_N = torch.zeros(50)
     for index in range(starts):  # the start is all that is random: an even grid of starts stands for all of them
         counts_N[selected(gating, scores_BT, everyone(scores_BT), rows, (index + 0.5) / starts).rows_K] += 1
@@ -111,7 +111,7 @@ def test_each_token_is_drawn_as_often_as_its_probability_says(gating: GatingSpec
 
 @each_unbiased_rule
 def test_weighted_sums_are_unbiased_for_random_starts(gating: GatingSpec) -> None:
-    scores_BT, draws, rows = scores_of(8, 10), 3000, 16
+    scores_BT, draws, rows = scores_of(8, 10), 1000, 16
     values_N = torch.randn(80, generator=torch.Generator().manual_seed(5))
     starts = torch.rand(draws, generator=torch.Generator().manual_seed(6)).tolist()
     sums = []

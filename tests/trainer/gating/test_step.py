@@ -184,8 +184,24 @@ def test_ratio_one_equals_plain(selection: str, ratio: float, engine: dict[str, 
     _, plain = run(step_of(model), batch)
     gating = {"strategy": "GradientNorm", "selection": selection, "token_ratio": ratio}
     result, gated = run(step_of(model, **gating, **engine), batch)
-    assert_same(gated, plain, 1e-6 if ratio == 1 else 1e-5)
+    assert_same(gated, plain, 1e-5)
+    assert ratio < 1 or all(torch.equal(gated[name], gradient) for name, gradient in plain.items())
     assert int(result.gated_tokens) == int(result.tokens)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_by_default_a_gate_begins_with_plain_steps_and_looks_at_one_in_eight(engine: dict[str, str]) -> None:
+    model, batch = model_of(), batch_of()
+    _, plain = run(step_of(model), batch)
+    step = step_of(model, strategy="GradientNorm", ratio_control="GradientMass", **engine)
+    for number in range(10):
+        result, gated = run(step, batch, number)
+        assert_same(gated, plain, 1e-5)
+        assert int(result.gated_tokens) == int(result.tokens) == 33
+        assert (result.difficulty is not None) == (number in (0, 8))
+    report = step.report()
+    assert report is not None
+    assert (report.ratio, report.reason) == (1, "measuring the time of a plain step")
 
 
 @pytest.mark.parametrize("gating", [{}, *({"strategy": "Loss", "token_ratio": 0.999} | engine for engine in ENGINES)])

@@ -26,7 +26,7 @@ class Case:
     sequences: int = 3
     tokens: int = 23
     heads: int = 2
-    kv_heads: int = 2
+    kv_heads: int = 1
     width: int = 16
 
     def layout(self, device: torch.device) -> Layout:
@@ -41,9 +41,8 @@ class Case:
         b = torch.arange(self.sequences, device=device)[:, None]
         third = self.tokens // 3
         documents = torch.where(t > third + b, third + 1 + b, 0) + torch.where(t > 2 * third, third - 1 - b, 0)
-        return {"none": torch.zeros_like(t), "documents": documents, "window": (t - third // 2).clamp(min=0)}[
-            self.starts
-        ]
+        window = (t - third // 2).clamp(min=0)
+        return {"none": torch.zeros_like(t), "documents": documents, "window": window}[self.starts]
 
     def leaves(self, dense: bool, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Queries, keys, values and, unless dense, the rows' own; strided as a model has them."""
@@ -58,12 +57,12 @@ class Case:
 
 
 CASES = {
-    "scattered": Case([*range(1, 46, 3), 60]),
-    "grouped": Case([0, 5, 6, *range(24, 32), 45, 46], heads=3, kv_heads=1, width=24),
-    "one sequence": Case(list(range(23, 46))),
-    "one row": Case([45]),
+    "scattered": Case([*range(1, 46, 4), 60]),
+    "grouped": Case([0, 5, 6, *range(24, 32), 45, 46], heads=3, width=24),
+    "one sequence": Case(list(range(23, 46)), heads=1),
+    "one row": Case([45], heads=2, kv_heads=2),
     "no row": Case([]),
-    "all, in one": Case(list(range(19)), sequences=1, tokens=19, heads=4),
+    "all, in one": Case(list(range(19)), sequences=1, tokens=19),
 }
 
 

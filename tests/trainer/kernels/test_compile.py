@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"),
 ]
 POINTER_ALIGNMENT = [["tt.divisibility", 16]]
+SHARED_MEMORY_BYTES = 227 * 1024
+"""What a program may have on sm_90."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,7 @@ def compile_for_hopper(
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
     )
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES
     return str(compiled.asm["ptx"])
 
 
@@ -114,3 +117,19 @@ def test_bucketing_compiles() -> None:
         ),
     ):
         compile_for_hopper(kernel, types(kernel, more), constants)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "d_queries", "d_keys"])
+def test_attention_of_rows_multiplies_on_tensor_cores_fed_in_the_background(kernel: str) -> None:
+    from pylon_trainer.kernels.attention import triton as attention
+
+    tiling, function = getattr(attention.TENSOR_CORES[128], kernel), getattr(attention, f"_{kernel}_kernel")
+    floats = {"logsumexp_KH": "*fp32", "delta_KH": "*fp32", "scale": "fp32", "log2_scale": "fp32"}
+    matrices = {name: "*bf16" for name in function.arg_names if name.endswith(("HKE", "KHE", "BJTE", "LJE"))}
+    places = {name: "*i32" for name in function.arg_names if name.endswith(("_K", "_L", "_B"))}
+    strides = {name: 2048 for name in function.arg_names if name.startswith("stride")}
+    constants = {"WINDOWED": True, "G": 3, "E": 128, "E_PADDED": 128, "B_PADDED": 8, "M": tiling.rows, "N": tiling.keys}
+    types = {name: kind for name, kind in (floats | matrices | places).items() if name in function.arg_names}
+    ptx = compile_for_hopper(function, types, constants | strides, warps=tiling.warps, stages=tiling.stages)
+    assert "wgmma.mma_async" in ptx
+    assert ptx.count("cp.async.cg.shared.global") >= 4

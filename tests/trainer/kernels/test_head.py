@@ -50,6 +50,15 @@ def test_kernel_agrees_with_the_reference(device, dtype, rows, vocab, hidden) ->
     assert_scores_close(actual, reference.score(hidden_NH.float(), weight_VH.float(), labels_N))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_kernel_counts_rows_that_are_not_finite(device, value) -> None:
+    fused = pytest.importorskip("pylon_trainer.kernels.head.triton")
+    tiling = fused.Tiling(rows=16, columns=32, depth=16, run=2, group=2, stages=1, warps=4)
+    hidden_NH, weight_VH, labels_N = (tensor.detach() for tensor in inputs(20, 70, 16, torch.float32, device))
+    hidden_NH[[0, 7], 3] = value
+    assert fused.score_tiled(hidden_NH, weight_VH, labels_N, tiling).nonfinite_rows.item() == 1  # row 0 has no label
+
+
 def test_kernel_of_the_logit_gradient_agrees_with_the_reference(device, monkeypatch) -> None:
     fused = pytest.importorskip("pylon_trainer.kernels.head.triton")
     monkeypatch.setattr(fused, "GRADIENT_BLOCK", 128)
@@ -130,11 +139,10 @@ def test_loss_and_gradients_agree_with_cross_entropy(anywhere, dtype, rows, voca
     labels_K = torch.randint(vocab, (rows,), device=anywhere)
     labels_K[1::3] = IGNORED
     weights_K = torch.rand(rows, device=anywhere) + 0.5
-    whole = head.loss_gradients(hidden_KH, weight_VH, labels_K, weights_K)
-    d_hidden_KH, d_weight_VH = whole.d_hidden_KH, whole.d_weight_VH
+    whole = head.loss_gradients(hidden_KH, weight_VH, labels_K, weights_K, wants_scores=True)
+    d_hidden_KH, d_weight_VH, scores = whole.d_hidden_KH, whole.d_weight_VH, head.score(hidden_KH, weight_VH, labels_K)
     if known:
-        logsumexp_K = head.score(hidden_KH, weight_VH, labels_K).logsumexp_N
-        d_hidden_KH, d_weight_VH = head.known_gradients(hidden_KH, weight_VH, labels_K, weights_K, logsumexp_K)
+        d_hidden_KH, d_weight_VH = head.known_gradients(hidden_KH, weight_VH, labels_K, weights_K, scores.logsumexp_N)
 
     exact_hidden, exact_weight = hidden_KH.double().requires_grad_(), weight_VH.double().requires_grad_()
     losses_K = F.cross_entropy(exact_hidden @ exact_weight.T, labels_K, ignore_index=IGNORED, reduction="none")
@@ -144,6 +152,7 @@ def test_loss_and_gradients_agree_with_cross_entropy(anywhere, dtype, rows, voca
     assert_gradients_close(d_hidden_KH, exact_hidden.grad, dtype)
     assert_gradients_close(d_weight_VH, exact_weight.grad, dtype)
     assert whole.nonfinite_rows.item() == 0
+    assert_scores_close(whole.scores, scores, TOLERANCE[dtype])
 
 
 @pytest.mark.usefixtures("_small_chunks")
@@ -161,17 +170,15 @@ def test_a_logit_that_is_not_finite_is_counted_and_spreads(anywhere, logit) -> N
     assert head.poison(torch.zeros((), dtype=torch.int32)) == 1
 
 
-def test_scores_in_chunks_are_those_of_all_rows(monkeypatch) -> None:
-    hidden_NH, weight_VH, labels_N = (
-        tensor.detach() for tensor in inputs(20, 70, 8, torch.float32, torch.device("cpu"))
-    )
+def test_scores_in_chunks_are_those_of_all_rows(anywhere, monkeypatch) -> None:
+    hidden_NH, weight_VH, labels_N = (tensor.detach() for tensor in inputs(20, 70, 8, torch.float32, anywhere))
     hidden_NH[5, 0] = float("nan")
     monkeypatch.setattr(gradients, "ROW_CHUNK_BYTES", {"cpu": 1})
     monkeypatch.setattr(gradients, "CHUNK_MULTIPLE", 8)
     expected = reference.score(hidden_NH, weight_VH, labels_N)
     actual, losses = head.score(hidden_NH, weight_VH, labels_N), head.cross_entropy(hidden_NH, weight_VH, labels_N)
-    finite_N = torch.arange(20) != 5
-    assert_scores_close(actual.take(finite_N.nonzero()[:, 0]), expected.take(finite_N.nonzero()[:, 0]), 1e-5)
+    finite_N = torch.arange(20, device=anywhere) != 5
+    assert_scores_close(actual.take(finite_N.nonzero()[:, 0]), expected.take(finite_N.nonzero()[:, 0]), 1e-4)
     torch.testing.assert_close(losses.loss_N[finite_N], expected.loss_N[finite_N])
     torch.testing.assert_close(losses.logsumexp_N[finite_N], expected.logsumexp_N[finite_N])
     assert actual.nonfinite_rows.item() == losses.nonfinite_rows.item() == 1
@@ -220,7 +227,7 @@ def test_loss_and_gradients_at_full_size(rows, vocab, hidden, monkeypatch) -> No
     ).sum().backward()
     assert_gradients_close(first.d_hidden_KH, exact[0].grad, torch.bfloat16)
     assert_gradients_close(first.d_weight_VH, exact[1].grad, torch.bfloat16)
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(first[:4], second[:4], strict=True))
 
 
 def test_frozen_weight_gets_no_gradient(anywhere) -> None:

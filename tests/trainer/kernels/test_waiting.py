@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pylon_trainer.kernels import bucket, head, score
+from pylon_trainer.kernels import attention, bucket, head, score
 
 
 @pytest.fixture
@@ -30,3 +30,13 @@ def test_a_gated_step_never_waits_for_the_device() -> None:
     score.score(hidden_NH @ weight_VH.T, labels_N)
     head.loss_gradients(hidden_NH, weight_VH, labels_N, torch.ones(512, device="cuda"))
     head.poison(scores.take(rows_K).nonfinite_rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_waiting_is_an_error")
+def test_attention_of_rows_never_waits_for_the_device() -> None:
+    q_HKE, own_k, own_v = (torch.randn(2, 90, 64, device="cuda", requires_grad=True) for _ in range(3))
+    k_BJTE, v_BJTE = (torch.randn(2, 2, 128, 64, device="cuda", requires_grad=True) for _ in range(2))
+    layout = attention.Layout.of(torch.arange(30, 120, device="cuda"), None, sequences=2, tokens=128)
+    attention.attend_rows(q_HKE, k_BJTE, v_BJTE, layout, (own_k, own_v)).sum().backward()
+    attention.attend_rows(q_HKE, k_BJTE, v_BJTE, layout).sum().backward()

@@ -4,13 +4,15 @@ Products alone count, two operations per multiply-add; norms, rotations and soft
 two forward passes. So a plain step costs 3 forward passes, and at ratio r a head costs 1 + 3r: all rows are scored, the
 chosen ones run again with a backward pass. Blocks cost 3 with HeadOnly, and what engine.py states with the others,
 where depth tiers let fewer rows reach the lower blocks and a dense gradient of keys and values adds a backward pass of
-their projections over all rows.
+their projections over all rows. With Sequence granularity a share of the sequences costs all, after a router has run a
+few blocks and the head forward over each.
 """
 
 from __future__ import annotations
 
-from pylon_api.training import GatingEngine, GatingSpec, KvGradient, ModelSpec, RowActivations
+from pylon_api.training import GatingEngine, GatingGranularity, GatingSpec, KvGradient, ModelSpec, RowActivations
 from pylon_trainer.gating.depth import blocks_over
+from pylon_trainer.gating.router import router_layers
 from pylon_trainer.models.transformer import intermediate_size
 
 
@@ -26,6 +28,9 @@ def saved_flops_ratio(
     head = 2 * (vocab_size * (rank or width) + rank * width)
 
     plain = 3 * (linears + attention + head)
+    if gating.granularity is GatingGranularity.SEQUENCE:
+        router = router_layers(gating, model.layers) / model.layers * (linears + attention) + head
+        return 1 - ratio - router / plain
     gated = (1 + 3 * ratio) * head
     if gating.engine is GatingEngine.HEAD_ONLY:
         gated += 3 * (linears + attention)

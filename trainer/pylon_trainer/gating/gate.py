@@ -119,11 +119,15 @@ class Gate:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a resumed run needs to decide as this one. Collective; waits for the device."""
-        return {"belief": self._belief.to_state(), "measurement": self._measurement.state_dict()}
+        return {
+            "gating": self._gating.to_wire(),
+            "belief": self._belief.to_state(),
+            "measurement": self._measurement.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what state_dict gave on any rank; a checkpoint without a gate has nothing to restore."""
-        if not state:
+        """Restore what state_dict gave on any rank. After a plain run, or another gate's, this one starts anew."""
+        if state.get("gating") != self._gating.to_wire():
             return
         self._belief = Belief.from_state(state["belief"])
         self._measurement.load_state_dict(state["measurement"], rank=self._rank)

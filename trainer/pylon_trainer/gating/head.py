@@ -22,15 +22,15 @@ from pylon_trainer.kernels.score import CrossEntropy, Scores
 
 
 class HeadOwner(Protocol):
-    """A model, or what stands for one."""
+    """A model, as the head sees it."""
 
     @property
     def head_weight(self) -> Tensor:
-        """V x D; with a graph if it is multiplied out."""
+        """V x D: a parameter, or what was computed from parameters, with its graph."""
         ...
 
     def parameters(self) -> Iterator[Parameter]:
-        """Those that head_weight depends on, among others."""
+        """Those that the head's weight comes from, among others."""
         ...
 
 
@@ -43,6 +43,8 @@ class HeadResult(NamedTuple):
     """Of loss_sum / global_tokens, in the hidden states' type; NaN when nonfinite_rows is not 0."""
     nonfinite_rows: Tensor
     """int32 scalar: labelled rows with a logit that is NaN or infinite, of those that were looked at."""
+    scores_K: Scores | None
+    """The rows' scores, when they were given or asked for."""
 
 
 class Head:
@@ -51,7 +53,7 @@ class Head:
     def __init__(self, model: HeadOwner, precision: torch.dtype | None) -> None:
         """precision: type of the products under autocast; None runs them in the parameters' own."""
         self._model = model
-        device = next(model.parameters()).device.type
+        device = next(iter(model.parameters())).device.type
         with torch.autocast(device, dtype=precision, enabled=precision is not None, cache_enabled=False):
             self._weight_VD = model.head_weight
         self._product_VD = self._weight_VD.detach().to(precision or self._weight_VD.dtype)
@@ -72,18 +74,20 @@ class Head:
         global_tokens: int,
         sink: Sink,
         scores_K: Scores | None = None,
+        *,
+        wants_scores: bool = False,
     ) -> HeadResult:
         """Loss and gradient of rows; gives the sink the gradients of the head's parameters.
 
-        weights_K: float32. scores_K: what `score` gave for these rows (`Scores.take`), or None, which costs a product
-        less than scoring them first.
+        weights_K: float32. scores_K: what `score` gave for these rows (`Scores.take`); without, losses and, if wanted,
+        scores come from the same logits as the gradients, which costs a product less than scoring the rows first.
         """
         arguments = self._product_type(hidden_KD), self._product_VD, labels_K
         scale_K = weights_K / max(global_tokens, 1)
         wants_weight = self._weight_VD.requires_grad
         if scores_K is None:
-            losses_K, gradient_KD, d_weight_VD, nonfinite_rows = head.loss_gradients(
-                *arguments, scale_K, wants_weight=wants_weight
+            losses_K, gradient_KD, d_weight_VD, nonfinite_rows, scores_K = head.loss_gradients(
+                *arguments, scale_K, wants_weight=wants_weight, wants_scores=wants_scores
             )
         else:
             losses_K, nonfinite_rows = scores_K.loss_N, scores_K.nonfinite_rows
@@ -94,7 +98,7 @@ class Head:
         if d_weight_VD is not None:
             self._give(d_weight_VD, sink)
         loss_sum = weights_K @ losses_K * head.poison(nonfinite_rows)
-        return HeadResult(loss_sum, gradient_KD.to(hidden_KD.dtype), nonfinite_rows)
+        return HeadResult(loss_sum, gradient_KD.to(hidden_KD.dtype), nonfinite_rows, scores_K)
 
     def _product_type(self, hidden: Tensor) -> Tensor:
         return hidden.detach().to(self._product_VD.dtype)

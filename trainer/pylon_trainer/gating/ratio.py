@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pylon_api.run import GateDecision
 from pylon_api.training import GatingFallback, GatingSpec, RatioControl
 
 PLAIN = 1.0
@@ -62,12 +61,12 @@ class Control:
         """From the spec."""
         follows = gating.ratio_control is RatioControl.GRADIENT_MASS
         lowest, highest = gating.minimum_token_ratio, gating.maximum_token_ratio
-        named = {lowest, highest} if follows else {gating.token_ratio}
-        inside = {ratio for ratio in LADDER if lowest <= ratio <= highest} if follows else set()
+        start = min(max(gating.token_ratio, lowest), highest) if follows else gating.token_ratio
+        allowed = {start, lowest, highest, *(r for r in LADDER if lowest <= r <= highest)} if follows else {start}
         return cls(
-            ratios=tuple(sorted({*LADDER, *named}, reverse=True)),
-            allowed=tuple(sorted(named | inside, reverse=True)),
-            start=min(max(gating.token_ratio, lowest), highest) if follows else gating.token_ratio,
+            ratios=tuple(sorted({*LADDER, *allowed, gating.final_token_ratio or start}, reverse=True)),
+            allowed=tuple(sorted(allowed, reverse=True)),
+            start=start,
             target_mass=gating.target_mass,
             follows_mass=follows,
             measures=follows and gating.fallback is GatingFallback.MEASURED,
@@ -98,10 +97,6 @@ class Belief:
     seconds: Mapping[float, float] = field(default_factory=dict)
     ages: Mapping[float, int] = field(default_factory=dict)
     """Observations since a time was measured."""
-
-    @property
-    def decision(self) -> GateDecision:
-        return GateDecision.PLAIN if self.ratio == PLAIN else GateDecision.GATED
 
     @classmethod
     def initial(cls, control: Control) -> Belief:

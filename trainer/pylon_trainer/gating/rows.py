@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pylon_trainer.gating.recall import Product, multiply, recall
 from pylon_trainer.gating.tiles import Tiles
+from pylon_trainer.kernels.attention import Layout, attend_rows
 from pylon_trainer.models.context import Context, Linear
 
 
@@ -33,7 +34,7 @@ class Rows:
     sequences: int
     tokens: int
     """Of a sequence."""
-    tiles: Tiles
+    layout: Layout | Tiles
 
     @classmethod
     def of(cls, rows_K: Tensor, context: Context, tokens_BT: Tensor) -> Rows:
@@ -50,7 +51,7 @@ class Rows:
             context.sin.flatten(0, -2)[in_context_K],
             sequences,
             tokens,
-            Tiles.of(rows_K, starts_K, sequences, tokens),
+            lay_out(rows_K, starts_K, sequences, tokens),
         )
 
     def narrow(self, kept_R: Tensor) -> Rows:
@@ -65,20 +66,26 @@ class Rows:
             self.sin_KE[kept_R],
             self.sequences,
             self.tokens,
-            Tiles.of(rows_R, starts_R, self.sequences, self.tokens),
+            lay_out(rows_R, starts_R, self.sequences, self.tokens),
         )
 
     def sizes(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         """Its tensors, each with the dims whose size follows from the number of rows."""
-        each = [self.rows_K, self.tokens_K, self.places_K, self.cos_KE, self.sin_KE, self.tiles.slot_K]
+        each = [self.rows_K, self.tokens_K, self.places_K, self.cos_KE, self.sin_KE]
         if self.starts_K is not None:
             each.append(self.starts_K)
-        tiles = self.tiles
-        return [*((x, (0,)) for x in each), (tiles.sequence_G, (0,)), (tiles.mask_G1CT, (0, 2))]
+        return [*((x, (0,)) for x in each), *self.layout.sizes()]
 
     def take(self, x_BTD: Tensor) -> Tensor:
         """The chosen rows, as one sequence: 1 x K x D."""
         return x_BTD.flatten(0, 1).index_select(0, self.rows_K).unsqueeze(0)
+
+
+def lay_out(rows_K: Tensor, starts_K: Tensor | None, sequences: int, tokens: int) -> Layout | Tiles:
+    """For our kernel on CUDA, for PyTorch's attention elsewhere."""
+    if rows_K.is_cuda:
+        return Layout.of(rows_K, starts_K, sequences, tokens)
+    return Tiles.of(rows_K, starts_K, sequences, tokens)
 
 
 @dataclass(frozen=True)
@@ -142,10 +149,14 @@ class RowContext(RecallingContext):
         return cls(rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, k_BJTE, v_BJTE)
 
     def attend(self, q_1HKE: Tensor, k_1JKE: Tensor, v_1JKE: Tensor) -> Tensor:
-        """1 x H x K x E. The rows' own keys and values take their places among the others, so that gradients reach
-        them."""
+        """1 x H x K x E. The rows' own keys and values stand for those among all that they equal, so that gradients
+        reach them."""
+        if isinstance(self.rows.layout, Layout):
+            # Gradients that go to all keys and values reach the rows' own among them.
+            own_JKE = None if self.k_BJTE.requires_grad else (k_1JKE.squeeze(0), v_1JKE.squeeze(0))
+            return attend_rows(q_1HKE.squeeze(0), self.k_BJTE, self.v_BJTE, self.rows.layout, own_JKE).unsqueeze(0)
         k_BJTE, v_BJTE = self._with_own(self.k_BJTE, k_1JKE), self._with_own(self.v_BJTE, v_1JKE)
-        return self.rows.tiles.attend(q_1HKE, k_BJTE, v_BJTE)
+        return self.rows.layout.attend(q_1HKE, k_BJTE, v_BJTE)
 
     def _with_own(self, x_BJTE: Tensor, own_1JKE: Tensor) -> Tensor:
         own_KJE = own_1JKE.squeeze(0).transpose(0, 1)

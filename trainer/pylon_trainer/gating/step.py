@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
-from pylon_api.training import Compile, GatingStrategy, Precision, TrainingSpec
+from pylon_api.training import Compile, TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
@@ -26,21 +26,7 @@ from pylon_trainer.gating.scores import judge
 from pylon_trainer.kernels.head import poison
 from pylon_trainer.kernels.score import Scores
 from pylon_trainer.models import Transformer
-from pylon_trainer.step import IGNORED, Batch, StepResult, TrainingStep
-
-
-def build_step(model: Transformer, training: TrainingSpec, device: torch.device) -> TrainingStep:
-    """The step that `training` asks for, around a model that is already on `device`.
-
-    Autocast and compilation of the blocks are the step's own business; the caller need not wrap anything.
-    """
-    if training.compile is Compile.DEFAULT:
-        for block in model.blocks:
-            block.compile()
-    precision = torch.bfloat16 if training.precision is Precision.BFLOAT16 else None
-    if training.gating.strategy is GatingStrategy.OFF:
-        return PlainStep(model, device, precision)
-    return GatedStep(model, device, precision, training)
+from pylon_trainer.step import IGNORED, Batch, StepResult
 
 
 class PlainStep:
@@ -53,21 +39,22 @@ class PlainStep:
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:  # noqa: ARG002
         """As TrainingStep has it."""
-        return self._finish(self._head(), self._hidden(batch), batch, global_tokens)
+        return self._plain(batch, global_tokens)[0]
 
-    def _finish(
-        self, head: Head, hidden_ND: Tensor, batch: Batch, global_tokens: int, scores: Scores | None = None
-    ) -> StepResult:
-        """Loss and backward pass of every row; scores: those that are known already."""
-        labels_N = batch.labels_BT.flatten()
-        weights_N = torch.ones_like(labels_N, dtype=torch.float32)
-        loss_sum, gradient_ND, nonfinite_rows = head.backward(
-            hidden_ND, labels_N, weights_N, global_tokens, accumulate, scores
+    def _plain(
+        self, batch: Batch, global_tokens: int, *, weights_N: Tensor | None = None, wants_scores: bool = False
+    ) -> tuple[StepResult, Scores | None]:
+        """Forward and backward pass with all rows; their scores, if wanted, come from the same logits. weights_N: None
+        for 1."""
+        hidden_ND, labels_N = self._hidden(batch), batch.labels_BT.flatten()
+        weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
+        loss_sum, gradient_ND, nonfinite_rows, scores = self._head().backward(
+            hidden_ND, labels_N, weights_N, global_tokens, accumulate, wants_scores=wants_scores
         )
         send_back(hidden_ND, gradient_ND)
         tokens = (labels_N != IGNORED).sum()
         tally = None if scores is None else _tally(scores, labels_N)
-        return StepResult(loss_sum, tokens, tokens, nonfinite_rows, tally)
+        return StepResult(loss_sum, tokens, tokens, nonfinite_rows, tally), scores
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:
@@ -121,29 +108,31 @@ class GatedStep(PlainStep):
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
         """As TrainingStep has it."""
         ratio = self._gate.begin(step)
-        head, labels_N, labelled_BT = self._head(), batch.labels_BT.flatten(), batch.labels_BT != IGNORED
+        labelled_BT = batch.labels_BT != IGNORED
         if ratio == PLAIN:
-            hidden_ND = self._hidden(batch)
-            scores = self._look(head, hidden_ND, batch)[0] if self._gate.needs_scores else None
-            return self._finish(head, hidden_ND, batch, global_tokens, scores)
+            result, seen = self._plain(batch, global_tokens, wants_scores=self._gate.needs_scores)
+            if seen is not None:
+                self._observe(seen, labelled_BT)
+            return result
+        head, labels_N = self._head(), batch.labels_BT.flatten()
         hidden_ND, back = self._engine.forward(batch)
-        scores, scores_N = self._look(head, hidden_ND, batch)
+        scores = head.score(hidden_ND, labels_N)
+        scores_N = self._observe(scores, labelled_BT)
         rows_K, weights_K = self._gate.choose(scores_N, labelled_BT, ratio)
-        _, gradient_KD, nonfinite_rows = head.backward(
+        result_K = head.backward(
             hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens, accumulate, scores.take(rows_K)
         )
-        back(rows_K, gradient_KD, accumulate, self._gate.depth(scores_N, rows_K))
+        back(rows_K, result_K.gradient_KD, accumulate, self._gate.depth(scores_N, rows_K))
         tokens = labelled_BT.sum()
-        loss_sum = scores.loss_N.sum() * poison(nonfinite_rows)
+        loss_sum = scores.loss_N.sum() * poison(scores.nonfinite_rows)
         tally = _tally(scores, labels_N)
-        return StepResult(loss_sum, tokens, tokens.clamp_max(len(rows_K)), nonfinite_rows, tally)
+        return StepResult(loss_sum, tokens, tokens.clamp_max(len(rows_K)), scores.nonfinite_rows, tally)
 
-    def _look(self, head: Head, hidden_ND: Tensor, batch: Batch) -> tuple[Scores, Tensor]:
-        """Scores of all rows, and the one that the gate goes by; the gate has seen them."""
-        scores = head.score(hidden_ND, batch.labels_BT.flatten())
+    def _observe(self, scores: Scores, labelled_BT: Tensor) -> Tensor:
+        """Shows the gate all rows' scores; returns the one that it goes by."""
         scores_N = judge(self._training.gating.strategy, scores)
-        self._gate.observe(scores_N, scores.gradient_norm_N, batch.labels_BT != IGNORED, scores.nonfinite_rows)
-        return scores, scores_N
+        self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
+        return scores_N
 
     def report(self) -> GateReport:
         """As TrainingStep has it: what the gate says, and what its ratio spares with this model and engine."""

@@ -2,7 +2,7 @@
 
 The rows lie scattered, more in one sequence than in another, and how many is known to the device alone. They are laid
 out in tiles of equal size, each of one sequence, so that shapes depend on the number of rows only and nothing waits for
-the device. It runs everywhere and is the reference for the kernel that needs no tiles (kernels/attention).
+the device. It runs everywhere; on CUDA a kernel that needs no tiles takes its place (kernels/attention).
 
 Shapes: B sequences, T tokens, N = B * T, K chosen rows, H query heads, J key and value heads, E width of a head, G
 tiles of C rows, S = G * C slots for rows.
@@ -54,6 +54,10 @@ class Tiles:
             mask_KT &= place_T >= starts_K[:, None]
         mask_ST = torch.ones(tiles * height, tokens, dtype=torch.bool, device=device).index_copy(0, slot_K, mask_KT)
         return cls(slot_K, sequence_G.clamp_max(sequences - 1), mask_ST.view(tiles, 1, height, tokens))
+
+    def sizes(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Its tensors, each with the dims whose size follows from the number of rows."""
+        return [(self.slot_K, (0,)), (self.sequence_G, (0,)), (self.mask_G1CT, (0, 2))]
 
     def attend(self, q_1HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:
         """1 x H x K x E."""

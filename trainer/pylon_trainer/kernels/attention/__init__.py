@@ -45,7 +45,7 @@ class Layout:
         starts_K: the first token of its sequence, 0 to T - 1, that each row may see, never falling within a sequence;
         as borders of documents and sliding windows give it. None: all see the beginning.
         """
-        rows_K = rows_K.to(torch.int32)
+        rows_K = rows_K.to(torch.int32).contiguous()
         first_K = rows_K - rows_K % tokens
         if starts_K is not None:
             first_K = first_K + starts_K.to(torch.int32)
@@ -57,6 +57,10 @@ class Layout:
             until_K=torch.searchsorted(first_K, rows_K, out_int32=True, right=True),
             windowed=starts_K is not None,
         )
+
+    def sizes(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Its tensors, each with the dims whose size follows from the number of rows."""
+        return [(tensor, (0,)) for tensor in (self.rows_K, self.first_K, self.until_K)]
 
 
 def attend_rows(

@@ -58,15 +58,23 @@ def cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Cro
 
 
 def loss_gradients(
-    hidden_KH: Tensor, weight_VH: Tensor, labels_K: Tensor, weights_K: Tensor, *, wants_weight: bool = True
+    hidden_KH: Tensor,
+    weight_VH: Tensor,
+    labels_K: Tensor,
+    weights_K: Tensor,
+    *,
+    wants_weight: bool = True,
+    wants_scores: bool = False,
 ) -> LossGradients:
     """Losses of K rows, and the gradients of sum over k of weights_K[k] * losses_K[k], when nothing of them is known.
 
     Arguments and errors as `score` has them, weights_K float32 constants. Products run in the inputs' type and chunks
-    of logits are rounded to it; gradients are float32.
+    of logits are rounded to it; gradients are float32. Scores, if wanted, cost no product of their own.
     """
     hidden_KH, weight_VH = _checked(hidden_KH, weight_VH, labels_K)
-    return gradients.loss_gradients(hidden_KH, weight_VH, labels_K, weights_K, wants_weight=wants_weight)
+    return gradients.loss_gradients(
+        hidden_KH, weight_VH, labels_K, weights_K, wants_weight=wants_weight, wants_scores=wants_scores
+    )
 
 
 def known_gradients(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pylon_trainer.kernels import score
 from pylon_trainer.kernels.head import reference
-from pylon_trainer.kernels.score import CrossEntropy
+from pylon_trainer.kernels.score import CrossEntropy, Scores
 from pylon_trainer.step import IGNORED
 
 ROW_CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 16 * 2**20}
@@ -47,10 +47,12 @@ class LossGradients(NamedTuple):
     """float32; None when it was not asked for."""
     nonfinite_rows: Tensor
     """int32 scalar: labelled rows with a NaN or infinite logit. If there are any, some gradients are NaN."""
+    scores: Scores | None
+    """Of the K rows, when they were asked for."""
 
 
 def loss_gradients(
-    hidden_KH: Tensor, weight_VH: Tensor, labels_K: Tensor, weights_K: Tensor, *, wants_weight: bool
+    hidden_KH: Tensor, weight_VH: Tensor, labels_K: Tensor, weights_K: Tensor, *, wants_weight: bool, wants_scores: bool
 ) -> LossGradients:
     """Losses and gradients of rows of which nothing is known, in chunks of rows."""
     K, V = len(hidden_KH), len(weight_VH)
@@ -59,11 +61,12 @@ def loss_gradients(
     d_weight_VH = torch.empty_like(weight_VH, dtype=torch.float32) if wants_weight else None
     chunks = chunks_of_rows(K, weight_VH)
     buffer_CV = hidden_KH.new_empty(chunks[0].stop, len(weight_VH))
-    seen = []
+    look = score.score if wants_scores else score.cross_entropy
+    seen: list[Scores | CrossEntropy] = []
     for rows in chunks:
         hidden_CH, labels_C = hidden_KH[rows], labels_K[rows]
         logits_CV = torch.mm(hidden_CH, weight_VH.T, out=buffer_CV[: len(hidden_CH)])
-        seen.append(score.cross_entropy(logits_CV[:, :V], labels_C))
+        seen.append(look(logits_CV[:, :V], labels_C))
         # A NaN or an infinity spreads from here to all gradients, and with them the step is skipped.
         weights_C = weights_K[rows] * poison(seen[-1].nonfinite_rows)
         logsumexp_C, weights_C = _without_ignored(labels_C, seen[-1].logsumexp_N, weights_C)
@@ -71,9 +74,12 @@ def loss_gradients(
         _multiply(logits_CV, weight_VH, out=d_hidden_KH[rows], adds=False)
         if d_weight_VH is not None:
             _multiply(logits_CV.T, hidden_CH, out=d_weight_VH, adds=rows.start > 0)
-    whole = CrossEntropy.join(seen)
     return LossGradients(
-        whole.loss_N, d_hidden_KH, None if d_weight_VH is None else d_weight_VH[:V], whole.nonfinite_rows
+        torch.cat([part.loss_N for part in seen]),
+        d_hidden_KH,
+        None if d_weight_VH is None else d_weight_VH[:V],
+        torch.stack([part.nonfinite_rows for part in seen]).sum(dtype=torch.int32),
+        Scores.join([part for part in seen if isinstance(part, Scores)]) if wants_scores else None,
     )
 
 
