@@ -13,6 +13,7 @@ a pool of memory for intermediate results of their own. It pays where kernels ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -54,7 +55,6 @@ class Replay:
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._gradients: list[Tensor] | None = None
-        self._pool = torch.cuda.graph_pool_handle()
         self._recordings: dict[Hashable, Recording | None] = {}
         """None: has run once."""
 
@@ -81,7 +81,7 @@ class Replay:
         own, values = _copy(batch), _on_device(numbers, batch.tokens_BT.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's for one, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
             if not adds:
                 torch._foreach_zero_(self._gradients)
             result = work(own, *values)
@@ -93,6 +93,12 @@ class Replay:
 
     def _owns_gradients(self) -> bool:
         return self._gradients is not None and self._parameters[0].grad is self._gradients[0]
+
+
+@functools.cache
+def _pool() -> Any:
+    """Memory of all recordings of this process. They may share it, as no two run at once and results are copied."""
+    return torch.cuda.graph_pool_handle()
 
 
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
