@@ -55,20 +55,20 @@ class Replay:
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._gradients: list[Tensor] | None = None
-        self._recordings: dict[Hashable, Recording | None] = {}
-        """None: has run once."""
+        self.recordings: dict[Hashable, Recording | None] = {}
+        """None: has run once, and not been recorded yet."""
 
     def __call__(self, key: Hashable, work: Callable[..., Result], batch: Batch, *numbers: float) -> Result:
         """As Runner has it."""
         adds = self._parameters[0].grad is not None
         key = (key, adds, batch.tokens_BT.shape, batch.documents_BT is None)
         # What adds to gradients outside the buffers, those of work that was not replayed, is not replayed either.
-        if key not in self._recordings or (adds and not self._owns_gradients()):
-            self._recordings.setdefault(key, None)
+        if key not in self.recordings or (adds and not self._owns_gradients()):
+            self.recordings.setdefault(key, None)
             return work(batch, *_on_device(numbers, batch.tokens_BT.device))
-        recording = self._recordings[key]
+        recording = self.recordings[key]
         if recording is None:
-            recording = self._recordings[key] = self._record(work, batch, numbers, adds)
+            recording = self.recordings[key] = self._record(work, batch, numbers, adds)
         _fill(recording, batch, numbers)
         recording.graph.replay()
         self._install_gradients()
