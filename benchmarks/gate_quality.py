@@ -17,13 +17,14 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import RESULTS, print_table, write_results
 from python_corpus import prepare, read_corpus
-from quality_runs import Laboratory, Outcome, Phase, Scale, Snapshot, Strategy
+from quality_runs import SCHEDULE_STEPS, Laboratory, Outcome, Phase, Scale, Snapshot, Strategy
 from quality_table import PLAIN, read_rows, summarise
 
 from pylon_api.training import ScheduleKind, ScheduleSpec
@@ -34,30 +35,20 @@ LARGE = Scale({"layers": 8, "hidden_size": 512, "heads": 8}, sequences=64, token
 SMALL = Scale({"layers": 2, "hidden_size": 64, "heads": 4}, sequences=8, tokens=64)
 
 LEARNING_RATE = 1e-3
-STEPS = 10_000  # of every schedule; a run is at the step that its share of the time says
 PRETRAINING = Phase(
     "pretraining",
     "python",
     10.0,
     LEARNING_RATE,
-    ScheduleSpec(kind=ScheduleKind.CONSTANT, steps=STEPS, warmup_steps=STEPS // 50),
+    ScheduleSpec(kind=ScheduleKind.CONSTANT, steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 50),
 )
+DECAY = ScheduleSpec(kind=ScheduleKind.WARMUP_STABLE_DECAY, steps=SCHEDULE_STEPS, warmup_steps=0, decay_fraction=1.0)
+WARM_UP_AND_DECAY = DECAY.model_copy(update={"warmup_steps": SCHEDULE_STEPS // 20})
+COSINE = ScheduleSpec(steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 20)
 PHASES = {
-    "late": Phase(
-        "late",
-        "python",
-        1.0,
-        LEARNING_RATE,
-        ScheduleSpec(kind=ScheduleKind.WARMUP_STABLE_DECAY, steps=STEPS, warmup_steps=0, decay_fraction=1.0),
-    ),
-    "finetune": Phase(
-        "finetune",
-        "torch",
-        0.5,
-        LEARNING_RATE / 2,
-        ScheduleSpec(kind=ScheduleKind.WARMUP_STABLE_DECAY, steps=STEPS, warmup_steps=STEPS // 20, decay_fraction=0.95),
-    ),
-    "scratch": Phase("scratch", "python", 1.5, LEARNING_RATE, ScheduleSpec(steps=STEPS, warmup_steps=STEPS // 20)),
+    "late": Phase("late", "python", 1.0, LEARNING_RATE, DECAY),
+    "finetune": Phase("finetune", "torch", 0.5, LEARNING_RATE / 2, WARM_UP_AND_DECAY),
+    "scratch": Phase("scratch", "python", 1.5, LEARNING_RATE, COSINE),
 }
 """Seconds are multiples of --seconds."""
 
@@ -80,6 +71,7 @@ STRATEGIES = {
         Strategy("hardest tokens 0.25", gate(strategy="Difficulty", selection="Top", token_ratio=0.25)),
         Strategy("hardest sequences 0.25", gate(**SEQUENCES, engine="HeadOnly", token_ratio=0.25)),
         *(Strategy(name, time_factor=factor) for factor, name in PLAIN.items() if factor > 1),
+        Strategy("gated dense", {"strategy": "GradientNorm", "engine": "SinglePass", "kv_gradient": "Dense"}),
         Strategy("gated 0.5 dense", gate(token_ratio=0.5, kv_gradient="Dense")),
         Strategy("gated 0.25 dense", gate(token_ratio=0.25, kv_gradient="Dense")),
         Strategy("exact 0.5, steps of gated 0.5", gate(token_ratio=0.5, engine="HeadOnly"), steps_of="gated 0.5"),
@@ -88,7 +80,7 @@ STRATEGIES = {
 }
 """`gated` is the closed loop; `hardest` are the published selections, by entropy - confidence. What is `exact` shows
 the price of truncated K/V gradients: the same selection and number of steps, and more time."""
-NOT_FROM_SCRATCH = ("plain, 1.3x", "plain, 1.6x", "gated 0.5 dense", "gated 0.25 dense", "exact")
+NOT_FROM_SCRATCH = ("plain, 1.3x", "plain, 1.6x", "gated dense", "gated 0.5 dense", "gated 0.25 dense", "exact")
 
 
 def strategies_of(phase: str, names: Sequence[str]) -> list[Strategy]:
@@ -180,7 +172,8 @@ class Study:
             flush=True,
         )
         rates = {name: PHASES[name].learning_rate for name in PHASES}
-        write_results("gate_quality", self.rows, self._arguments.results, learning_rate=rates)
+        tokens = self._laboratory.scale.sequences * self._laboratory.scale.tokens
+        write_results("gate_quality", self.rows, self._arguments.results, learning_rate=rates, tokens_per_step=tokens)
 
     def _fail(self, what: str) -> None:
         print(f"{what} failed:\n{traceback.format_exc()}", flush=True)
@@ -188,7 +181,7 @@ class Study:
 
 
 def scaled(phase: Phase, factor: float) -> Phase:
-    return Phase(phase.name, phase.kind, phase.seconds * factor, phase.learning_rate, phase.schedule)
+    return replace(phase, seconds=phase.seconds * factor)
 
 
 def main() -> int:
@@ -200,6 +193,7 @@ def main() -> int:
     parser.add_argument("--strategy", choices=list(STRATEGIES), action="append", help="default: all; plain always")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a late run; others in proportion")
+    parser.add_argument("--sequences", type=int, help="of a step; default: 64, in the toy 8")
     parser.add_argument("--pretrain-seconds", type=float, default=60.0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -218,6 +212,8 @@ def main() -> int:
         parser.error(f"--corpus: {arguments.corpus} is not there; write it with --prepare")
     torch._dynamo.config.recompile_limit = 64  # the strategies share code, and each is another specialisation of it
     scale = SMALL if arguments.small else LARGE
+    if arguments.sequences:
+        scale = replace(scale, sequences=arguments.sequences)
     study = Study(Laboratory(scale, read_corpus(arguments.corpus), torch.device(arguments.device)), arguments)
     study.prepare()
     starts = study.pretrain(arguments.pretrain_seconds) if set(arguments.phase) - {"scratch"} else {}

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from measure import RESULTS, publish
-from plain_baselines import WholeHeadStep, fastest_attention, rival_heads
+from plain_baselines import Trainable, WholeHeadStep, fastest_attention, rival_heads
 from step_bench import Bench, Kind
-from step_flops import backward_flops, counting_process
+from step_flops import StepFlops, counting_process, step_flops
 
 from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
@@ -42,6 +42,8 @@ class Shape:
     sequences: int
     tokens: int
     """Of a sequence."""
+    replays: bool = False
+    """Whether steps recorded as CUDA graphs are measured too."""
 
     def batch(self, sequences: int, device: torch.device) -> Batch:
         tokens_BT = torch.randint(self.vocabulary, (sequences, self.tokens + 1))
@@ -63,6 +65,7 @@ SHAPES = {
             49152,
             sequences=32,
             tokens=2048,
+            replays=True,
         ),
     },
 }
@@ -77,18 +80,19 @@ ENGINES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "Sequence, 4-layer router": (SEQUENCES, (0.25,)),
 }
 """Fields of the gate and ratios to measure."""
+REPLAYED = ("SinglePass Truncated Keep", "TwoPass")
 QUICK = ("SinglePass Truncated Keep", "TwoPass")
 QUICK_RATIOS = (0.25, 0.5, 1.0)
 
 ROUNDS = 4
 
 
-def step_of(model: Transformer, device: torch.device, compiles: bool, gating: dict[str, Any]) -> TrainingStep:
+def step_of(model: Transformer, device: torch.device, compile: Compile, gating: dict[str, Any]) -> TrainingStep:
     training = TrainingSpec(
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=1),
         precision=Precision.BFLOAT16 if device.type == "cuda" else Precision.FLOAT32,
-        compile=Compile.DEFAULT if compiles else Compile.OFF,
+        compile=compile,
         gating=GatingSpec.model_validate(gating),
     )
     return build_step(model, training, device)
@@ -117,22 +121,17 @@ def measure(
     torch.manual_seed(0)
     bench = Bench(shape.build().to(device), shape.batch(shape.sequences, device))
 
-    def count(gating: dict[str, Any]) -> Future[int]:
-        return counting.submit(backward_flops, shape.model, shape.vocabulary, shape.tokens, gating)
+    def count(gating: dict[str, Any]) -> Future[StepFlops]:
+        return counting.submit(step_flops, shape.model, shape.vocabulary, shape.tokens, gating)
 
-    kinds = [
-        *plain_kinds(bench.model, device, compiles, count({})),
-        *(
-            Kind(
-                name,
-                ratio,
-                partial(step_of, bench.model, device, compiles, gate_of(fields, ratio)),
-                count(gate_of(fields, ratio)),
-                granularity=fields.get("granularity", "Token").lower(),
-            )
-            for name, fields, ratio in gates(quick)
-        ),
-    ]
+    compile = Compile.DEFAULT if compiles else Compile.OFF
+    kinds = plain_kinds(bench.model, device, compile, count({}), shape.replays)
+    for name, fields, ratio in gates(quick):
+        gate = gate_of(fields, ratio)
+        kind = partial(Kind, ratio=ratio, flops=count(gate), granularity=fields.get("granularity", "Token").lower())
+        kinds.append(kind(name, build=partial(step_of, bench.model, device, compile, gate)))
+        if shape.replays and name in REPLAYED and ratio < 1:
+            kinds.append(kind(f"{name}, replayed", build=partial(step_of, bench.model, device, Compile.GRAPH, gate)))
     kinds = [kind for kind in kinds if survives(kind, bench.warm_up)]
     for _ in range(ROUNDS):
         kinds = [kind for kind in kinds if survives(kind, bench.take_turn)]
@@ -142,12 +141,16 @@ def measure(
     return kinds
 
 
-def plain_kinds(model: Transformer, device: torch.device, compiles: bool, flops: Future[int]) -> Iterator[Kind]:
+def plain_kinds(
+    model: Transformer, device: torch.device, compile: Compile, flops: Future[StepFlops], replays: bool
+) -> list[Kind]:
     """Pylon's own, and on CUDA the same blocks with other heads."""
-    yield Kind("Plain", 1.0, partial(step_of, model, device, compiles, {}), flops, is_plain=True)
+    builds: dict[str, Callable[[], Trainable]] = {"Plain": partial(step_of, model, device, compile, {})}
+    if replays:
+        builds["Plain, replayed"] = partial(step_of, model, device, Compile.GRAPH, {})
     if device.type == "cuda":
-        for name, loss_sum in rival_heads().items():
-            yield Kind(f"Plain, {name}", 1.0, partial(WholeHeadStep, model, loss_sum), flops, is_plain=True)
+        builds |= {f"Plain, {name}": partial(WholeHeadStep, model, head) for name, head in rival_heads().items()}
+    return [Kind(name, 1.0, build, flops, is_plain=True) for name, build in builds.items()]
 
 
 def gates(quick: bool) -> Iterator[tuple[str, dict[str, Any], float]]:
@@ -189,7 +192,8 @@ def rows_of(
             "speedup": statistics.median(plain.step_ms) / statistics.median(kind.step_ms),
             "memory_ratio": ratio_of(kind.peak_bytes, plain.peak_bytes),
             "activation_memory_ratio": ratio_of(activation_bytes(kind), activation_bytes(plain)),
-            "backward_flop_ratio": ratio_of(flops_of(kind), plain_flops),
+            "backward_flop_ratio": flops.backward / plain_flops.backward if flops and plain_flops else None,
+            "step_flop_ratio": flops.whole / plain_flops.whole if flops and plain_flops else None,
             "forward_backward_ms": statistics.median(kind.forward_backward_ms),
             "forward_backward_speedup": statistics.median(plain.forward_backward_ms)
             / statistics.median(kind.forward_backward_ms),
@@ -199,7 +203,7 @@ def rows_of(
             "recompiles": kind.recompiles,
             "gradient_difference": kind.gradient_difference,
         }
-        for kind in kinds
+        for kind, flops in zip(kinds, map(flops_of, kinds), strict=True)
     ]
 
 
@@ -209,12 +213,12 @@ def activation_bytes(kind: Kind) -> int | None:
     return kind.peak_bytes - kind.persistent_bytes
 
 
-def flops_of(kind: Kind) -> int | None:
+def flops_of(kind: Kind) -> StepFlops | None:
     """None when they could not be counted."""
-    error = kind.backward_flops.exception()
+    error = kind.flops.exception()
     if error is not None:
         print(f"  FLOPs of {kind.name} {kind.ratio}: {error!r}")
-    return None if error is not None else kind.backward_flops.result()
+    return None if error is not None else kind.flops.result()
 
 
 def ratio_of(part: int | None, whole: int | None) -> float | None:

@@ -103,7 +103,7 @@ class Laboratory:
     """One model on which every run takes place."""
 
     def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device) -> None:
-        self._scale = scale
+        self.scale = scale
         self._device = device
         self.model = build_model(ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY).to(device)
         self._parameters = dict(self.model.named_parameters())
@@ -134,7 +134,7 @@ class Laboratory:
     def start(self, seed: int) -> Snapshot:
         """Fresh weights."""
         torch.manual_seed(seed)
-        fresh = build_model(ModelSpec.model_validate(self._scale.model), vocab_size=VOCABULARY)
+        fresh = build_model(ModelSpec.model_validate(self.scale.model), vocab_size=VOCABULARY)
         return Snapshot({name: parameter.detach() for name, parameter in fresh.named_parameters()}, None)
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class Laboratory:
         budget_s = phase.seconds * strategy.time_factor
         clock_s, done, recompiles = 0.0, 0, 0
         gated = torch.zeros((), dtype=torch.int64, device=self._device)
-        while (left := steps - done if steps is not None else round((budget_s - clock_s) / step_s)) > 0:
+        while (left := _steps_left(steps, done, budget_s - clock_s, step_s)) > 0:
             count = min(ROUND_STEPS, left)
             if steps is not None:
                 shares = [(done + i) / steps for i in range(count)]
@@ -172,7 +172,7 @@ class Laboratory:
             gated += gated_tokens
             clock_s += step_s * count
             done += count
-        tokens = done * self._sequences(strategy) * self._scale.tokens
+        tokens = done * self._sequences(strategy) * self.scale.tokens
         loss = self._held_out_loss(phase.kind)
         end = Snapshot({n: p.detach().clone() for n, p in self._parameters.items()}, optimizer.state_dict())
         return Outcome(loss, clock_s, done, tokens, int(gated) / max(tokens, 1), recompiles), end
@@ -196,11 +196,11 @@ class Laboratory:
 
     def _held_out_loss(self, kind: str) -> float:
         windows_WT = self._windows[f"{kind}_held_out"]
-        whole = len(windows_WT) // self._scale.sequences * self._scale.sequences  # a part of a batch would recompile
+        whole = len(windows_WT) // self.scale.sequences * self.scale.sequences  # a part of a batch would recompile
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part_BT in windows_WT[:whole].split(self._scale.sequences):
+        for part_BT in windows_WT[:whole].split(self.scale.sequences):
             loss_sum += self._plain.evaluate(_batch(part_BT)).loss_sum
-        return float(loss_sum) / (whole * self._scale.tokens)
+        return float(loss_sum) / (whole * self.scale.tokens)
 
     def _build(self, gating: dict[str, Any]) -> TrainingStep:
         on_device = self._device.type == "cuda"
@@ -215,12 +215,12 @@ class Laboratory:
 
     def _cut(self, ids: Ids) -> Tensor:
         """Windows of a sequence and the token after it, W x (T + 1)."""
-        width = self._scale.tokens + 1
+        width = self.scale.tokens + 1
         whole = ids[: len(ids) // width * width].astype(np.int32)
         return torch.from_numpy(whole).view(-1, width).to(self._device)
 
     def _sequences(self, strategy: Strategy) -> int:
-        return round(self._scale.sequences * strategy.batch_share)
+        return round(self.scale.sequences * strategy.batch_share)
 
     def _batches(self, strategy: Strategy, kind: str, seed: int) -> Iterator[Batch]:
         """Without end; every epoch in an order of its own, drawn from the seed."""
@@ -231,6 +231,13 @@ class Laboratory:
             order_W = torch.from_numpy(generator.permutation(len(windows_WT))).to(self._device)
             for start in range(0, len(order_W) - sequences + 1, sequences):
                 yield _batch(windows_WT[order_W[start : start + sequences]])
+
+
+def _steps_left(steps: int | None, done: int, left_s: float, step_s: float) -> int:
+    """Of `steps`, or of the time that is left; a run has at least one."""
+    if steps is not None:
+        return steps - done
+    return max(round(left_s / step_s), 0 if done else 1)
 
 
 def _batch(windows_BT: Tensor) -> Batch:

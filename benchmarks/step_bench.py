@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from measure import Mark, compiled_graphs, host_syncs
 from plain_baselines import Trainable
+from step_flops import StepFlops
 from torch import Tensor
 
 from pylon_api.training import OptimizerSpec
@@ -28,7 +29,7 @@ class Kind:
     name: str
     ratio: float
     build: Callable[[], Trainable]
-    backward_flops: Future[int]
+    flops: Future[StepFlops]
     granularity: str = "token"
     is_plain: bool = False
     step: Trainable = field(init=False)

@@ -11,7 +11,7 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,19 +29,34 @@ NO_DATA = FakeTensorMode()
 
 @contextmanager
 def counting_process() -> Iterator[Executor]:
-    """Runs backward_flops beside whatever the caller does meanwhile."""
+    """Runs step_flops beside whatever the caller does meanwhile."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         yield executor
 
 
-def backward_flops(model: dict[str, Any], vocabulary: int, tokens: int, gating: dict[str, Any]) -> int:
-    """Products of an eager step beyond one forward pass through blocks and head, of eight sequences, so that every
-    ratio gives whole ones. Counted at one and two blocks, which are alike."""
-    first, second = (_count({**model, "layers": layers}, vocabulary, tokens, gating) for layers in (1, 2))
-    return first + (second - first) * (int(model["layers"]) - 1)
+class StepFlops(NamedTuple):
+    """FLOPs of eight sequences, so that every ratio gives whole ones."""
+
+    whole: int
+    """Of a step."""
+    forward: int
+    """Of one forward pass of all rows through blocks and head."""
+
+    @property
+    def backward(self) -> int:
+        """All that a step takes beyond that forward pass."""
+        return self.whole - self.forward
 
 
-def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: dict[str, Any]) -> int:
+def step_flops(model: dict[str, Any], vocabulary: int, tokens: int, gating: dict[str, Any]) -> StepFlops:
+    """Counted at few blocks, one more of which adds what each of the others would."""
+    least = int(gating.get("router_layers", 1))
+    first, second = (_count({**model, "layers": layers}, vocabulary, tokens, gating) for layers in (least, least + 1))
+    more = int(model["layers"]) - least
+    return StepFlops(*(few + (one_more - few) * more for few, one_more in zip(first, second, strict=True)))
+
+
+def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: dict[str, Any]) -> StepFlops:
     training = TrainingSpec(
         data=DataSpec(train=["unused"], sequence_length=tokens),
         schedule=ScheduleSpec(steps=1),
@@ -57,7 +72,7 @@ def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: d
         with Counter() as forward, torch.no_grad():
             hidden_BTD = model(tokens_BT)
             hidden_BTD @ model.head_weight.T
-    return int(whole.total - forward.total)
+    return StepFlops(whole.total, forward.total)
 
 
 class Counter(TorchDispatchMode):

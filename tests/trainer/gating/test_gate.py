@@ -90,9 +90,10 @@ class Life:
             ratio = self.gate.begin(step)
             norms_N = self.scores(1000 * step + 100 * self.rank + micro_batch).flatten()
             if ratio < PLAIN or self.gate.needs_scores:
+                self.gate.count_nonfinite(nonfinite_rows)
                 self.gate.observe(norms_N, norms_N, LABELLED_BT, nonfinite_rows)
             if ratio < PLAIN:
-                chosen.append(self.gate.choose(norms_N, LABELLED_BT, ratio).rows_K.tolist())
+                chosen.append(self.gate.choose(norms_N, LABELLED_BT, ratio, self.gate.draw()).rows_K.tolist())
         self.watch.now_s += self.cost(ratio)
         return ratio, chosen
 
@@ -253,7 +254,7 @@ def test_depth_tiers_go_by_score_and_open_over_the_warm_up(
 ) -> None:
     gate = Life.of(**{"engine": "SinglePass", "depth_buckets": 4, "leak_rate": 0.25, **gating}).gate
     gate.begin(step)
-    depth = gate.depth(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3]), torch.tensor([0, 1, 3, 4]))
+    depth = gate.depth(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3]), torch.tensor([0, 1, 3, 4]), gate.draw())
     assert (depth.opened if depth else None) == opened
     if depth is not None:
         assert (depth.ranks_K.tolist(), depth.buckets, depth.leak_rate) == ([3, 0, 1, 2], 4, 0.25)
@@ -274,9 +275,10 @@ def test_on_a_gpu_nothing_waits_and_the_gate_decides_by_its_own_clock(selection:
 
     def step(number: int) -> None:
         ratio = gate.begin(number)
+        gate.count_nonfinite(nonfinite_rows)
         gate.observe(norms_N, norms_N, labelled_BT, nonfinite_rows)
         if ratio < PLAIN:
-            gate.depth(norms_N, gate.choose(norms_N, labelled_BT, ratio).rows_K)
+            gate.depth(norms_N, gate.choose(norms_N, labelled_BT, ratio, gate.draw()).rows_K, gate.draw())
         for _ in range(round(100 * ratio)):
             work @ work
 

@@ -168,3 +168,35 @@ def test_with_strategy_alone_the_gate_begins_with_plain_steps_and_measures() -> 
             optimizer.zero_grad()
     assert gated.report().retained_mass is not None or gated.report().ratio == 1
     assert gated.report().reason
+
+
+def test_a_compiled_model_keeps_its_graphs_in_plain_steps_and_leaves_them_in_gated_ones() -> None:
+    graphs: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(len(module.graph.nodes))
+        return module.forward
+
+    model, batch = model_of(), batch_of()
+    expected = model(**batch).loss
+    gated = pylon.enable(model, warmup_steps=8, **HALF)
+    compiled = torch.compile(model, backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = []
+    for _ in range(9):
+        loss = compiled(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss)
+    assert gated.report().ratio == 0.5
+    torch.testing.assert_close(losses, [expected] * 9)
+    assert max(graphs) > 100  # the whole decoder, by the plain step
+
+
+def test_layers_compiled_one_by_one_are_walked_as_they_are() -> None:
+    model, batch = model_of(), batch_of()
+    expected = model(**batch).loss
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    pylon.enable(model, **HALF)
+    torch.testing.assert_close(model(**batch).loss, expected)

@@ -69,9 +69,9 @@ CASES = {
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that even a few rows and keys overflow."""
-    fused = pytest.importorskip("pylon_trainer.kernels.attention.triton")
-    tiling = fused.Tiling(rows=16, keys=16, stages=1, warps=4)
-    monkeypatch.setattr(fused, "choose_tilings", lambda q: fused.Tilings(tiling, tiling, tiling))
+    launch = pytest.importorskip("pylon_trainer.kernels.attention.launch")
+    tiling = launch.Tiling(rows=16, keys=16, stages=1, warps=4)
+    monkeypatch.setattr(launch, "choose_tilings", lambda q: launch.Tilings(tiling, tiling, tiling))
 
 
 def attend_fused(leaves: list[Tensor], layout: Layout) -> Tensor:

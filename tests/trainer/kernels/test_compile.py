@@ -121,9 +121,9 @@ def test_bucketing_compiles() -> None:
 
 @pytest.mark.parametrize("kernel", ["forward", "d_queries", "d_keys"])
 def test_attention_of_rows_multiplies_on_tensor_cores_fed_in_the_background(kernel: str) -> None:
-    from pylon_trainer.kernels.attention import triton as attention
+    from pylon_trainer.kernels.attention import launch
 
-    tiling, function = getattr(attention.TENSOR_CORES[128], kernel), getattr(attention, f"_{kernel}_kernel")
+    tiling, function = getattr(launch.TENSOR_CORES[128], kernel), getattr(launch, f"{kernel}_kernel")
     floats = {"logsumexp_KH": "*fp32", "delta_KH": "*fp32", "scale": "fp32", "log2_scale": "fp32"}
     matrices = {name: "*bf16" for name in function.arg_names if name.endswith(("HKE", "KHE", "BJTE", "LJE"))}
     places = {name: "*i32" for name in function.arg_names if name.endswith(("_K", "_L", "_B"))}

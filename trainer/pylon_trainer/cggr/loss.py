@@ -116,12 +116,13 @@ class CGGRLoss(CountingModule):
             self._gate = build_gate(self._gating, seed=self._seed, device=labelled_BT.device)
         gate, scores_N = self._gate, judge(self._gating.strategy, scores)
         ratio = gate.begin(self._steps)
+        gate.count_nonfinite(scores.nonfinite_rows)
         gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
         if ratio == PLAIN:
             return all_rows(labelled_BT), ratio
         if self._gating.selection is GatingSelection.SEQUENCE_AWARE:
             return self._choose_by_sequence(scores_N, labelled_BT, rows_of(ratio, len(scores_N))), ratio
-        return gate.choose(scores_N, labelled_BT, ratio), ratio
+        return gate.choose(scores_N, labelled_BT, ratio, gate.draw()), ratio
 
     def _choose_by_sequence(self, scores_N: Tensor, labelled_BT: Tensor, rows: int) -> Selection:
         """First the minimum of every sequence, then the rest by score."""

@@ -125,11 +125,12 @@ class CGGRModel(CountingModule):
         labelled_BT = labels_BT != IGNORED
         scores, scores_B, norms_B = self._score(input_ids, labels_BT, arguments)
         labelled_1B = labelled_BT.any(1).unsqueeze(0)
+        self._gate.count_nonfinite(scores.nonfinite_rows)
         self._gate.observe(scores_B, norms_B, labelled_1B, scores.nonfinite_rows)
         if ratio == PLAIN:
             rows_K, weights_K = all_rows(labelled_1B)
         else:
-            rows_K, weights_K = self._gate.choose(scores_B, labelled_1B, ratio)
+            rows_K, weights_K = self._gate.choose(scores_B, labelled_1B, ratio, self._gate.draw())
         self._metrics = Metrics(self._steps, ratio, labelled_BT[rows_K], labels_BT, scores)
         weighted_sum = self._run(rows_K, weights_K, input_ids, labels_BT, arguments)
         is_biased = self._gating.selection is GatingSelection.TOP

@@ -9,13 +9,14 @@ Shapes: B sequences, T tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from pylon_trainer.errors import ConfigError
-from pylon_trainer.huggingface.request import read
-from pylon_trainer.huggingface.trunk import HuggingFaceTrunk
+from pylon_trainer.huggingface.families import family_of, layers_of
 
 
 class TruncatedRouter(nn.Module):
@@ -23,36 +24,45 @@ class TruncatedRouter(nn.Module):
 
     def __init__(self, model: Any, num_layers: int = 2) -> None:
         super().__init__()
-        # In a tuple, where torch does not look for modules.
-        self._shared = (HuggingFaceTrunk(model),)
-        layers = len(self._trunk.blocks)
-        if not 1 <= num_layers <= layers:
-            raise ConfigError(f"num_layers: {num_layers} of a model with {layers} layers; choose 1 to {layers}")
+        family = family_of(model)
+        layers = layers_of(model, family)
+        if not 1 <= num_layers <= len(layers):
+            raise ConfigError(
+                f"num_layers: {num_layers} of a model with {len(layers)} layers; choose 1 to {len(layers)}"
+            )
         self.num_layers = num_layers
+        self._place = family.layers
+        # In a tuple, where torch does not look for modules.
+        self._shared = model, getattr(model, family.body), nn.ModuleList(layers[:num_layers])
 
     def forward(self, input_ids: Tensor, **arguments: Any) -> Tensor:
-        """Logits B x T x V. arguments: attention_mask and position_ids, as the model takes them."""
+        """Logits B x T x V. arguments: what the model takes."""
         return self.hidden(input_ids, **arguments) @ self.head_weight.T
 
     def hidden(self, input_ids: Tensor, **arguments: Any) -> Tensor:
         """Hidden states B x T x D after the truncated model's last norm."""
-        trunk = self._trunk
-        request = read({"input_ids": input_ids, **arguments}, trunk.window)
-        trunk.place(request.positions_BT, request.starts_BT)
-        context = trunk.context(input_ids, None)
-        x_BTD = trunk.embed(input_ids, context.places)
-        for block in trunk.blocks[: self.num_layers]:
-            x_BTD = block(x_BTD, context)
-        return trunk.norm(x_BTD)
+        _, body, _ = self._shared
+        with self._truncated():
+            hidden_BTD: Tensor = body(input_ids, **{**arguments, "use_cache": False}).last_hidden_state
+        return hidden_BTD
 
     @property
     def head_weight(self) -> Tensor:
         """V x D, the model's."""
-        return self._trunk.head_weight
+        weight: Tensor = self._shared[0].get_output_embeddings().weight
+        return weight
 
-    @property
-    def _trunk(self) -> HuggingFaceTrunk:
-        return self._shared[0]
+    @contextmanager
+    def _truncated(self) -> Iterator[None]:
+        """The model's body walks over the lowest layers alone, with its own masks and positions."""
+        _, body, lowest = self._shared
+        modules = vars(body)["_modules"]
+        whole = modules[self._place]
+        modules[self._place] = lowest
+        try:
+            yield
+        finally:
+            modules[self._place] = whole
 
 
 def create_truncated_router(model: Any, num_layers: int = 2) -> TruncatedRouter:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pylon_api.training import Compile, GatingGranularity, GatingStrategy, Precision, TrainingSpec
+from pylon_api.training import Compile, GatingGranularity, GatingSelection, GatingStrategy, Precision, TrainingSpec
+from pylon_trainer.gating.replay import Replay, run_at_once
 from pylon_trainer.gating.sequence import SequenceStep
 from pylon_trainer.gating.step import GatedStep, PlainStep
 from pylon_trainer.models import Transformer
@@ -18,11 +19,16 @@ def build_step(model: Transformer, training: TrainingSpec, device: torch.device)
 
     Autocast and compilation of the blocks are the step's own business; the caller need not wrap anything.
     """
-    if training.compile is Compile.DEFAULT:
+    if training.compile is not Compile.OFF:
         for block in model.blocks:
             block.compile()
     precision = torch.bfloat16 if training.precision is Precision.BFLOAT16 else None
-    if training.gating.strategy is GatingStrategy.OFF:
-        return PlainStep(model, device, precision)
-    kind = SequenceStep if training.gating.granularity is GatingGranularity.SEQUENCE else GatedStep
-    return kind(model, device, precision, training)
+    gating = training.gating
+    # Top rows of random scores come from a generator on the device, whose seed a recording would keep.
+    draws_on_device = gating.strategy is GatingStrategy.RANDOM and gating.selection is GatingSelection.TOP
+    records = training.compile is Compile.GRAPH and device.type == "cuda" and not draws_on_device
+    run = Replay(model.parameters()) if records else run_at_once
+    if gating.strategy is GatingStrategy.OFF:
+        return PlainStep(model, device, precision, run)
+    kind = SequenceStep if gating.granularity is GatingGranularity.SEQUENCE else GatedStep
+    return kind(model, device, precision, training, run)

@@ -45,7 +45,7 @@ class Depth:
     """Number of the last bucket that leaves where it should; later ones leave with it. Warm-up raises it from 0, where
     all rows go to the bottom, to buckets - 1."""
     leak_rate: float
-    start: float
+    start: float | Tensor
     """Where in [0, 1) the systematic draw of the leaks starts."""
 
     def narrowings(self, layers: int) -> dict[int, Narrowing]:
@@ -76,7 +76,7 @@ def blocks_over(layers: int, buckets: int, bucket: int) -> int:
     return max(1, layers * (buckets - bucket) // buckets)
 
 
-def _systematic(population: int, draws: int, start: float, device: torch.device) -> Tensor:
+def _systematic(population: int, draws: int, start: float | Tensor, device: torch.device) -> Tensor:
     """Distinct positions, each as probable as any other (Madow 1949)."""
     pointers = torch.arange(draws, device=device, dtype=torch.float64) + start
     return (pointers * (population / max(draws, 1))).long()

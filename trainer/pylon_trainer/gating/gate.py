@@ -10,7 +10,7 @@ Shapes: N = B * T tokens of a micro-batch, B sequences of T tokens, K tokens cho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.measurement import INTERVAL_STEPS, Clock, Measurement, clock_of
 from pylon_trainer.gating.ratio import PLAIN, Belief, Control, rows_of, scheduled_ratio
 from pylon_trainer.gating.selection import Selection, build_rule, order, select
+
+
+class Draws(NamedTuple):
+    """What is random about a micro-batch: where in [0, 1) its systematic draws start, on the host or on the device."""
+
+    rows: float | Tensor
+    leaks: float | Tensor
 
 
 def build_gate(gating: GatingSpec, *, seed: int, device: torch.device) -> Gate:
@@ -78,31 +85,39 @@ class Gate:
 
         nonfinite_rows: integer scalar on the device, labelled rows with a logit that is NaN or infinite.
         """
-        self._measurement.count_nonfinite(self._step, nonfinite_rows)
         if self.needs_scores:
             shape = labelled_BT.shape
             self._measurement.observe(scores_N.view(shape), gradient_norm_N.view(shape), labelled_BT, nonfinite_rows)
 
-    def choose(self, scores_N: Tensor, labelled_BT: Tensor, ratio: float) -> Selection:
+    def count_nonfinite(self, rows: Tensor) -> None:
+        """rows: integer scalar on the device, labelled rows of this micro-batch with a logit that is not finite."""
+        self._measurement.count_nonfinite(self._step, rows)
+
+    def draw(self) -> Draws:
+        """The random numbers of this micro-batch."""
+        return Draws(*(float(self._generator(purpose).random()) for purpose in Draws._fields))
+
+    @property
+    def opened_tiers(self) -> int:
+        """Tiers of depth that are open, beside the first; the warm-up opens one after the other."""
+        tiers, warmup_steps = self._gating.depth_buckets - 1, self._gating.warmup_steps
+        return tiers * min(self._step, warmup_steps) // warmup_steps if warmup_steps else tiers
+
+    def choose(self, scores_N: Tensor, labelled_BT: Tensor, ratio: float, draws: Draws) -> Selection:
         """The rows of this micro-batch that carry gradient."""
-        draws = self._draws("rows")
-        start = float(draws.random())
         if self._gating.strategy is GatingStrategy.RANDOM and self._gating.selection is GatingSelection.TOP:
-            generator = torch.Generator(scores_N.device).manual_seed(int(draws.integers(2**62)))
+            generator = torch.Generator(scores_N.device).manual_seed(int(self._generator("order").integers(2**62)))
             scores_N = torch.rand(len(scores_N), generator=generator, device=scores_N.device)
         rows = rows_of(ratio, len(scores_N))
-        return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=start)
+        return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=draws.rows)
 
-    def depth(self, scores_N: Tensor, rows_K: Tensor) -> Depth | None:
-        """How far the gradient of each chosen row goes back; None when all go to the bottom. The warm-up opens one tier
-        after the other."""
-        buckets = self._gating.depth_buckets
-        warmup_steps = self._gating.warmup_steps
-        opened = (buckets - 1) * min(self._step, warmup_steps) // warmup_steps if warmup_steps else buckets - 1
+    def depth(self, scores_N: Tensor, rows_K: Tensor, draws: Draws) -> Depth | None:
+        """How far the gradient of each chosen row goes back; None when all go to the bottom."""
+        opened = self.opened_tiers
         if opened == 0:
             return None
         ranks_K = order(scores_N[rows_K], torch.ones_like(rows_K, dtype=torch.bool)).argsort()
-        return Depth(ranks_K, buckets, opened, self._gating.leak_rate, float(self._draws("leaks").random()))
+        return Depth(ranks_K, self._gating.depth_buckets, opened, self._gating.leak_rate, draws.leaks)
 
     def report(self) -> GateReport:
         """What the gate is doing, from figures that have reached the host already; the same on every rank."""
@@ -132,6 +147,6 @@ class Gate:
         self._belief = Belief.from_state(state["belief"])
         self._measurement.load_state_dict(state["measurement"], rank=self._rank)
 
-    def _draws(self, purpose: str) -> np.random.Generator:
+    def _generator(self, purpose: str) -> np.random.Generator:
         """Random numbers of this micro-batch, others for every purpose."""
         return np.random.default_rng([self._seed, self._step, self._rank, self._micro_batch, *purpose.encode()])

@@ -71,7 +71,7 @@ class Head:
         hidden_KD: Tensor,
         labels_K: Tensor,
         weights_K: Tensor,
-        global_tokens: int,
+        global_tokens: float | Tensor,
         sink: Sink,
         scores_K: Scores | None = None,
         *,
@@ -79,11 +79,12 @@ class Head:
     ) -> HeadResult:
         """Loss and gradient of rows; gives the sink the gradients of the head's parameters.
 
-        weights_K: float32. scores_K: what `score` gave for these rows (`Scores.take`); without, losses and, if wanted,
-        scores come from the same logits as the gradients, which costs a product less than scoring the rows first.
+        weights_K: float32. global_tokens: what the weighted sum is divided by to give the loss, 1 or more. scores_K:
+        what `score` gave for these rows (`Scores.take`); without, losses and, if wanted, scores come from the same
+        logits as the gradients, which costs a product less than scoring the rows first.
         """
         arguments = self._product_type(hidden_KD), self._product_VD, labels_K
-        scale_K = weights_K / max(global_tokens, 1)
+        scale_K = weights_K / global_tokens
         wants_weight = self._weight_VD.requires_grad
         if scores_K is None:
             losses_K, gradient_KD, d_weight_VD, nonfinite_rows, scores_K = head.loss_gradients(

@@ -54,7 +54,9 @@ def build_rule(gating: GatingSpec) -> Rule:
             return proportional
 
 
-def select(gating: GatingSpec, scores_BT: Tensor, labelled_BT: Tensor, *, rows: int, start: float) -> Selection:
+def select(
+    gating: GatingSpec, scores_BT: Tensor, labelled_BT: Tensor, *, rows: int, start: float | Tensor
+) -> Selection:
     """The rows of a micro-batch by the spec's rule; `start` in [0, 1) is all that is random about them."""
     probabilities_1N = build_rule(gating)(scores_BT, labelled_BT, torch.full((1,), rows, device=scores_BT.device))
     # In the order of the scores strata stand together, and so get their quotas.
@@ -70,7 +72,7 @@ def all_rows(labelled_BT: Tensor) -> Selection:
 
 
 def draw(
-    probabilities_N: Tensor, labelled_N: Tensor, *, rows: int, start: float, line_N: Tensor | None = None
+    probabilities_N: Tensor, labelled_N: Tensor, *, rows: int, start: float | Tensor, line_N: Tensor | None = None
 ) -> Selection:
     """Systematic sampling (Madow 1949): exactly `rows` tokens, each expected as often as its probability says.
 

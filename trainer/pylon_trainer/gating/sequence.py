@@ -30,10 +30,11 @@ class SequenceStep(GatedStep):
             self.model, head, batch, layers=layers, strategy=gating.strategy, autocast=self._autocast
         )
         labelled_B1 = seen.labelled_B[:, None]
+        self._gate.count_nonfinite(seen.nonfinite_rows)
         self._gate.observe(seen.scores_B, seen.gradient_norm_B, labelled_B1, seen.nonfinite_rows)
         if ratio == PLAIN:
             return self._plain(batch, global_tokens)[0]
-        rows_K, weights_K = self._gate.choose(seen.scores_B, labelled_B1, ratio)
+        rows_K, weights_K = self._gate.choose(seen.scores_B, labelled_B1, ratio, self._gate.draw())
         chosen = batch.take(rows_K)
         weights_KT = weights_K[:, None] * (chosen.labels_BT != IGNORED)
         result, _ = self._plain(chosen, global_tokens, weights_N=weights_KT.flatten())

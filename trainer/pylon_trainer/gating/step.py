@@ -8,6 +8,7 @@ Shapes: N = B * T tokens of a micro-batch, K of them chosen, D hidden width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from pylon_api.training import Compile, TrainingSpec
 from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
-from pylon_trainer.gating.gate import build_gate
+from pylon_trainer.gating.gate import Draws, build_gate
 from pylon_trainer.gating.gradients import accumulate, send_back
 from pylon_trainer.gating.head import Head
 from pylon_trainer.gating.ratio import PLAIN
+from pylon_trainer.gating.replay import Number, Runner, run_at_once
 from pylon_trainer.gating.scores import judge
 from pylon_trainer.kernels.head import poison
 from pylon_trainer.kernels.score import Scores
@@ -32,17 +34,20 @@ from pylon_trainer.step import IGNORED, Batch, StepResult
 class PlainStep:
     """Every labelled token carries gradient."""
 
-    def __init__(self, model: Transformer, device: torch.device, precision: torch.dtype | None) -> None:
+    def __init__(
+        self, model: Transformer, device: torch.device, precision: torch.dtype | None, run: Runner = run_at_once
+    ) -> None:
         self.model: Transformer = model
         self._device = device
         self._precision = precision
+        self._run = run
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:  # noqa: ARG002
         """As TrainingStep has it."""
-        return self._plain(batch, global_tokens)[0]
+        return self._run("plain", self._plain, batch, max(global_tokens, 1))[0]
 
     def _plain(
-        self, batch: Batch, global_tokens: int, *, weights_N: Tensor | None = None, wants_scores: bool = False
+        self, batch: Batch, global_tokens: Number, *, weights_N: Tensor | None = None, wants_scores: bool = False
     ) -> tuple[StepResult, Scores | None]:
         """Forward and backward pass with all rows; their scores, if wanted, come from the same logits. weights_N: None
         for 1."""
@@ -98,41 +103,59 @@ class GatedStep(PlainStep):
         device: torch.device,
         precision: torch.dtype | None,
         training: TrainingSpec,
+        run: Runner = run_at_once,
     ) -> None:
-        super().__init__(model, device, precision)
-        backend = "inductor" if training.compile is Compile.DEFAULT else None
+        super().__init__(model, device, precision, run)
+        backend = None if training.compile is Compile.OFF else "inductor"
         self._engine = build_engine(model, training.gating, self._autocast, compile_backend=backend)
         self._training = training
         self._gate = build_gate(training.gating, seed=training.seed, device=device)
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
         """As TrainingStep has it."""
-        ratio = self._gate.begin(step)
-        labelled_BT = batch.labels_BT != IGNORED
+        gate = self._gate
+        ratio = gate.begin(step)
+        wants_scores, numbers = gate.needs_scores, [float(max(global_tokens, 1))]
         if ratio == PLAIN:
-            result, seen = self._plain(batch, global_tokens, wants_scores=self._gate.needs_scores)
-            if seen is not None:
-                self._observe(seen, labelled_BT)
-            return result
-        head, labels_N = self._head(), batch.labels_BT.flatten()
+            work = partial(self._plain, wants_scores=wants_scores)
+        else:
+            work = partial(self._gated, ratio=ratio, wants_scores=wants_scores)
+            numbers += map(float, gate.draw())
+        result, scores = self._run((ratio, gate.opened_tiers, wants_scores), work, batch, *numbers)
+        gate.count_nonfinite(result.nonfinite_rows)
+        if scores is not None:
+            scores_N = judge(self._training.gating.strategy, scores)
+            gate.observe(scores_N, scores.gradient_norm_N, batch.labels_BT != IGNORED, scores.nonfinite_rows)
+        return result
+
+    def _gated(
+        self,
+        batch: Batch,
+        global_tokens: Number,
+        rows_start: Number,
+        leaks_start: Number,
+        *,
+        ratio: float,
+        wants_scores: bool,
+    ) -> tuple[StepResult, Scores | None]:
+        """Forward pass of all rows, backward pass of those that the gate chooses; the scores of all, if wanted."""
+        draws = Draws(rows_start, leaks_start)
+        labels_N, labelled_BT = batch.labels_BT.flatten(), batch.labels_BT != IGNORED
+        head = self._head()
         hidden_ND, back = self._engine.forward(batch)
         scores = head.score(hidden_ND, labels_N)
-        scores_N = self._observe(scores, labelled_BT)
-        rows_K, weights_K = self._gate.choose(scores_N, labelled_BT, ratio)
+        scores_N = judge(self._training.gating.strategy, scores)
+        rows_K, weights_K = self._gate.choose(scores_N, labelled_BT, ratio, draws)
         result_K = head.backward(
             hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens, accumulate, scores.take(rows_K)
         )
-        back(rows_K, result_K.gradient_KD, accumulate, self._gate.depth(scores_N, rows_K))
+        back(rows_K, result_K.gradient_KD, accumulate, self._gate.depth(scores_N, rows_K, draws))
         tokens = labelled_BT.sum()
         loss_sum = scores.loss_N.sum() * poison(scores.nonfinite_rows)
-        tally = _tally(scores, labels_N)
-        return StepResult(loss_sum, tokens, tokens.clamp_max(len(rows_K)), scores.nonfinite_rows, tally)
-
-    def _observe(self, scores: Scores, labelled_BT: Tensor) -> Tensor:
-        """Shows the gate all rows' scores; returns the one that it goes by."""
-        scores_N = judge(self._training.gating.strategy, scores)
-        self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
-        return scores_N
+        result = StepResult(
+            loss_sum, tokens, tokens.clamp_max(len(rows_K)), scores.nonfinite_rows, _tally(scores, labels_N)
+        )
+        return result, scores if wants_scores else None
 
     def report(self) -> GateReport:
         """As TrainingStep has it: what the gate says, and what its ratio spares with this model and engine."""

@@ -11,6 +11,7 @@ Shapes: B sequences, T tokens, N = B * T, K chosen rows.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,34 +79,42 @@ class GatedModel:
         figures = {"gate_ratio": report.ratio, "gate_retained_mass": report.retained_mass}
         return {name: figure for name, figure in figures.items() if figure is not None}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *positional: Any, **named: Any) -> Any:
         """What the model's own forward gives, with its gradient spent on the rows that the gate chooses."""
+        arguments = dict(zip(self._argument_names, positional, strict=False)) | named
+        ratio = self._ratio(arguments)
+        if ratio is None:
+            return self._usual(*positional, **named)
+        return self._answer(arguments, ratio)
+
+    # Not by dynamo: a model compiled as a whole keeps its graph in plain steps, and steps out of it for gated ones.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _ratio(self, arguments: Mapping[str, Any]) -> float | None:
+        """Share of the tokens whose gradient is wanted; None when the model's own forward is to run."""
         self.calls += 1
         self.last = None
-        arguments = dict(zip(self._argument_names, positional, strict=False)) | named
         has_labels = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
         if not (self.is_enabled and has_labels and self._model.training and torch.is_grad_enabled()):
-            return self._usual(*positional, **named)
+            return None
         ratio = self._gate.begin(self.step)
-        if ratio == PLAIN and not self._gate.needs_scores:
-            return self._usual(*positional, **named)
-        request = read(arguments, self._engine.trunk.window)
-        output = self._answer(request, ratio)
-        return output.to_tuple() if arguments.get("return_dict") is False else output
+        return None if ratio == PLAIN and not self._gate.needs_scores else ratio
 
-    def _answer(self, request: Request, ratio: float) -> GatedOutput:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _answer(self, arguments: Mapping[str, Any], ratio: float) -> GatedOutput | tuple[Any, ...]:
+        request = read(arguments, self._engine.trunk.window)
         labels_BT = request.batch.labels_BT
         labelled_BT = labels_BT != IGNORED
         losses_N, scores = self._losses(request, labelled_BT, ratio)
         items = labelled_BT.sum().clamp_min(1) if request.items is None else request.items
-        return GatedOutput(
+        is_top1_N = scores.loss_N.neg().exp() >= scores.confidence_N
+        output = GatedOutput(
             loss=losses_N.sum() / items,
             log_probs=-losses_N.view_as(labels_BT)[:, :-1],
             entropy=scores.entropy_N.view_as(labels_BT)[:, :-1],
-            is_top1=(scores.loss_N.neg().exp() >= scores.confidence_N).view_as(labels_BT)[:, :-1] & labelled_BT[:, :-1],
+            is_top1=(is_top1_N.view_as(labels_BT) & labelled_BT)[:, :-1],
             label_mask=labelled_BT[:, :-1],
         )
+        return output.to_tuple() if arguments.get("return_dict") is False else output
 
     def _losses(self, request: Request, labelled_BT: Tensor, ratio: float) -> tuple[Tensor, Scores]:
         """Losses of all tokens, whose gradients come from the rows that the gate chooses."""
@@ -127,8 +136,10 @@ class GatedModel:
 
     def _choose(self, scores: Scores, labelled_BT: Tensor, ratio: float) -> tuple[Selection, Depth | None]:
         scores_N = judge(self._gating.strategy, scores)
+        self._gate.count_nonfinite(scores.nonfinite_rows)
         self._gate.observe(scores_N, scores.gradient_norm_N, labelled_BT, scores.nonfinite_rows)
         if ratio == PLAIN:
             return all_rows(labelled_BT), None
-        selection = self._gate.choose(scores_N, labelled_BT, ratio)
-        return selection, self._gate.depth(scores_N, selection.rows_K)
+        draws = self._gate.draw()
+        selection = self._gate.choose(scores_N, labelled_BT, ratio, draws)
+        return selection, self._gate.depth(scores_N, selection.rows_K, draws)

@@ -112,7 +112,8 @@ class HuggingFaceBlock:
     def __call__(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The layer's output, for all tokens or for those that the context knows."""
         with self._led(context):
-            y_BTD: Tensor = self._layer(x_BTD, pylon_context=context, **self._positions(context))
+            # Not by calling it: a layer that was compiled by itself would be compiled anew for every context.
+            y_BTD: Tensor = self._layer.forward(x_BTD, pylon_context=context, **self._positions(context))
         return y_BTD
 
     def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:

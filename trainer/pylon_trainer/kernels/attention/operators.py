@@ -27,9 +27,9 @@ def attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """What the rows see, K x H x E, and the logarithm (base 2) of their sum of exponentials, K x H. The rows' own keys
     and values, and until_K, matter to the gradient alone: values are read from among the others."""
-    from pylon_trainer.kernels.attention import triton as fused
+    from pylon_trainer.kernels.attention import launch
 
-    return fused.forward(q_HKE, k_BJTE, v_BJTE, rows_K, first_K, ends_B, scale, windowed)
+    return launch.forward(q_HKE, k_BJTE, v_BJTE, rows_K, first_K, ends_B, scale, windowed)
 
 
 @torch.library.custom_op("pylon::attend_rows_d_queries", mutates_args=())
@@ -46,9 +46,9 @@ def _d_queries(
     scale: float,
     windowed: bool,
 ) -> tuple[Tensor, Tensor]:
-    from pylon_trainer.kernels.attention import triton as fused
+    from pylon_trainer.kernels.attention import launch
 
-    return fused.d_queries(
+    return launch.d_queries(
         d_y_KHE, q_HKE, k_BJTE, v_BJTE, y_KHE, logsumexp_KH, rows_K, first_K, ends_B, scale, windowed
     )
 
@@ -70,9 +70,9 @@ def _d_keys(
     scale: float,
     windowed: bool,
 ) -> tuple[Tensor, Tensor]:
-    from pylon_trainer.kernels.attention import triton as fused
+    from pylon_trainer.kernels.attention import launch
 
-    return fused.d_keys(
+    return launch.d_keys(
         d_y_KHE, q_HKE, k_BJTE, v_BJTE, logsumexp_KH, delta_KH,
         rows_K, first_K, keys_L, from_L, until_L, key_ends_B, scale, windowed,
     )  # fmt: skip

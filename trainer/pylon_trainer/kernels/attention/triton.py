@@ -16,49 +16,11 @@ G = H / J, E width of a head; in a tile: M packed rows, N keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-LOG2_E = 1.4426950408889634
 LOWEST = tl.constexpr(-(2.0**100))
 """Stands for "nothing seen yet": finite, so that differences to it are no NaN."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a kernel is cut up."""
-
-    rows: int
-    keys: int
-    stages: int
-    warps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tilings:
-    """One for each kernel."""
-
-    forward: Tiling
-    d_queries: Tiling
-    d_keys: Tiling
-
-
-# Measured on an H200 at the shapes of benchmarks/row_attention.py: tiles of 128 rows or keys with eight warps lose up
-# to a third, as they leave one program per multiprocessor and span more places.
-TENSOR_CORES = {
-    128: Tilings(forward=Tiling(64, 64, 3, 4), d_queries=Tiling(64, 32, 3, 4), d_keys=Tiling(32, 64, 2, 4)),
-    256: Tilings(forward=Tiling(64, 32, 2, 8), d_queries=Tiling(64, 32, 2, 8), d_keys=Tiling(16, 64, 2, 8)),
-}
-"""By the largest width of a head that they serve, for 16-bit elements and multiprocessors with LARGE_MEMORY_BYTES."""
-LARGE_MEMORY_BYTES = 200 * 1024
-SMALL_MEMORY = Tilings(forward=Tiling(64, 32, 2, 4), d_queries=Tiling(32, 32, 1, 4), d_keys=Tiling(16, 32, 1, 4))
-"""For 16-bit elements where shared memory is scarcer."""
-FULL_PRECISION = Tilings(forward=Tiling(32, 16, 1, 8), d_queries=Tiling(16, 16, 1, 4), d_keys=Tiling(16, 16, 1, 8))
-"""float32: every product is three, which leaves few registers. Slow, and exact to about 1e-6."""
 
 
 @triton.jit
@@ -126,7 +88,7 @@ def _keys_of_tile(
 
 
 @triton.jit
-def _forward_kernel(
+def forward_kernel(
     q_HKE, k_BJTE, v_BJTE, rows_K, first_K, ends_B, y_KHE, logsumexp_KH, B, T, log2_scale,
     stride_qh, stride_qk, stride_kb, stride_kj, stride_kt, stride_vb, stride_vj, stride_vt,
     WINDOWED: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
@@ -136,7 +98,7 @@ def _forward_kernel(
     b, p, p_end = _tile(ends_B, tl.num_programs(0) - 1 - tl.program_id(0), B, G, M, B_PADDED)
     if p >= p_end:
         return
-    j, H, origin = tl.program_id(1), tl.num_programs(1) * G, b * T
+    j, H, origin = tl.program_id(1).to(tl.int64), tl.num_programs(1) * G, b * T
     p_M, n_N = p + tl.arange(0, M), tl.arange(0, N)
     inside_M, k_M, h_M = p_M < p_end, p_M // G, j * G + p_M % G
     kh_M = k_M.to(tl.int64) * H + h_M
@@ -171,7 +133,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _d_queries_kernel(
+def d_queries_kernel(
     d_y_KHE, q_HKE, k_BJTE, v_BJTE, y_KHE, logsumexp_KH, rows_K, first_K, ends_B, d_q_KHE, delta_KH,
     B, T, scale, log2_scale, stride_qh, stride_qk, stride_kb, stride_kj, stride_kt, stride_vb, stride_vj, stride_vt,
     WINDOWED: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
@@ -180,7 +142,7 @@ def _d_queries_kernel(
     b, p, p_end = _tile(ends_B, tl.num_programs(0) - 1 - tl.program_id(0), B, G, M, B_PADDED)
     if p >= p_end:
         return
-    j, H, origin = tl.program_id(1), tl.num_programs(1) * G, b * T
+    j, H, origin = tl.program_id(1).to(tl.int64), tl.num_programs(1) * G, b * T
     p_M, n_N = p + tl.arange(0, M), tl.arange(0, N)
     inside_M, k_M, h_M = p_M < p_end, p_M // G, j * G + p_M % G
     kh_M = k_M.to(tl.int64) * H + h_M
@@ -214,7 +176,7 @@ def _d_queries_kernel(
 
 
 @triton.jit
-def _d_keys_kernel(
+def d_keys_kernel(
     d_y_KHE, q_HKE, k_BJTE, v_BJTE, logsumexp_KH, delta_KH, rows_K, first_K, keys_L, from_L, until_L, key_ends_B,
     d_k_LJE, d_v_LJE, B, T, scale, log2_scale,
     stride_qh, stride_qk, stride_kb, stride_kj, stride_kt, stride_vb, stride_vj, stride_vt,
@@ -226,7 +188,7 @@ def _d_keys_kernel(
     if first >= end:
         return
     last = tl.minimum(first + N, end) - 1
-    j, J, H = tl.program_id(1), tl.num_programs(1), tl.num_programs(1) * G
+    j, J, H = tl.program_id(1).to(tl.int64), tl.num_programs(1), tl.num_programs(1) * G
     l_N = first + tl.arange(0, N)
     inside_N = l_N < end
     place_N = tl.load(keys_L + l_N, mask=inside_N, other=0)
@@ -245,7 +207,7 @@ def _d_keys_kernel(
         for p in range(starts[run], stops[run], M):
             k, after_M, g_M = _packed(p, G, M)
             inside_M = p + tl.arange(0, M) < stop
-            q_at = q_HKE + tl.cast(k, tl.int64) * stride_qk + (j * G).to(tl.int64) * stride_qh
+            q_at = q_HKE + tl.cast(k, tl.int64) * stride_qk + j * G * stride_qh
             q_ME = _load(q_at, after_M * stride_qk + g_M * stride_qh, inside_M, run != 1, E, E_PADDED)
             kh, kh_M = tl.cast(k, tl.int64) * H + j * G, after_M * H + g_M
             d_y_ME = _load(d_y_KHE + kh * E, kh_M * E, inside_M, run != 1, E, E_PADDED)
@@ -269,93 +231,3 @@ def _d_keys_kernel(
     lj_N = l_N.to(tl.int64) * J + j
     _store(d_k_LJE, lj_N * E, inside_N, d_k_NE * scale, E, E_PADDED)
     _store(d_v_LJE, lj_N * E, inside_N, d_v_NE, E, E_PADDED)
-
-
-def forward(
-    q_HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, rows_K: Tensor, first_K: Tensor, ends_B: Tensor,
-    scale: float, windowed: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the rows see, K x H x E, and the logarithm (base 2) of their sum of exponentials, float32 K x H."""
-    (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
-    q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
-    tiling = choose_tilings(q_HKE).forward
-    y_KHE, logsumexp_KH = q_HKE.new_empty(K, H, E), q_HKE.new_empty(K, H, dtype=torch.float32)
-    if K:
-        _forward_kernel[_grid(K * (H // J), tiling.rows, B, J)](
-            q_HKE, k_BJTE, v_BJTE, rows_K, first_K, ends_B, y_KHE, logsumexp_KH, B, T, scale * LOG2_E,
-            *q_HKE.stride()[:2], *k_BJTE.stride()[:3], *v_BJTE.stride()[:3],
-            WINDOWED=windowed, **_constants(H // J, E, B, tiling),
-        )  # fmt: skip
-    return y_KHE, logsumexp_KH
-
-
-def d_queries(
-    d_y_KHE: Tensor, q_HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, y_KHE: Tensor, logsumexp_KH: Tensor,
-    rows_K: Tensor, first_K: Tensor, ends_B: Tensor, scale: float, windowed: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of the queries, K x H x E, and delta, float32 K x H."""
-    (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
-    q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
-    tiling = choose_tilings(q_HKE).d_queries
-    d_q_KHE, delta_KH = torch.empty_like(y_KHE), torch.empty_like(logsumexp_KH)
-    if K:
-        _d_queries_kernel[_grid(K * (H // J), tiling.rows, B, J)](
-            d_y_KHE.contiguous(), q_HKE, k_BJTE, v_BJTE, y_KHE, logsumexp_KH, rows_K, first_K, ends_B,
-            d_q_KHE, delta_KH, B, T, scale, scale * LOG2_E,
-            *q_HKE.stride()[:2], *k_BJTE.stride()[:3], *v_BJTE.stride()[:3],
-            WINDOWED=windowed, **_constants(H // J, E, B, tiling),
-        )  # fmt: skip
-    return d_q_KHE, delta_KH
-
-
-def d_keys(
-    d_y_KHE: Tensor, q_HKE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, logsumexp_KH: Tensor, delta_KH: Tensor,
-    rows_K: Tensor, first_K: Tensor, keys_L: Tensor, from_L: Tensor, until_L: Tensor, key_ends_B: Tensor,
-    scale: float, windowed: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the keys and values at places keys_L, each L x J x E. Rows from_L[l] to until_L[l] see key l, in the
-    order of rows_K."""
-    (H, _, E), (B, J, T, _), L = q_HKE.shape, k_BJTE.shape, len(keys_L)
-    q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
-    tiling = choose_tilings(q_HKE).d_keys
-    d_k_LJE, d_v_LJE = k_BJTE.new_empty(L, J, E), v_BJTE.new_empty(L, J, E)
-    if L:
-        _d_keys_kernel[_grid(L, tiling.keys, B, J)](
-            d_y_KHE.contiguous(), q_HKE, k_BJTE, v_BJTE, logsumexp_KH, delta_KH,
-            rows_K, first_K, keys_L, from_L, until_L, key_ends_B, d_k_LJE, d_v_LJE, B, T, scale, scale * LOG2_E,
-            *q_HKE.stride()[:2], *k_BJTE.stride()[:3], *v_BJTE.stride()[:3],
-            WINDOWED=windowed, **_constants(H // J, E, B, tiling),
-        )  # fmt: skip
-    return d_k_LJE, d_v_LJE
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _grid(packed: int, size: int, B: int, J: int) -> tuple[int, int]:
-    """Tiles at most, as every sequence may end with one that is not full; by key heads."""
-    return triton.cdiv(packed, size) + B, J
-
-
-def _constants(G: int, E: int, B: int, tiling: Tiling) -> dict[str, int | bool]:
-    return {
-        "G": G,
-        "E": E,
-        "E_PADDED": max(16, triton.next_power_of_2(E)),
-        "M": tiling.rows,
-        "N": tiling.keys,
-        "B_PADDED": triton.next_power_of_2(B),
-        "num_stages": tiling.stages,
-        "num_warps": tiling.warps,
-        "enable_fp_fusion": True,
-    }
-
-
-def choose_tilings(q: Tensor) -> Tilings:
-    """Those for queries of this type and width on their device."""
-    if q.itemsize == 4:
-        return FULL_PRECISION
-    if torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < LARGE_MEMORY_BYTES:
-        return SMALL_MEMORY
-    return next(tilings for width, tilings in TENSOR_CORES.items() if q.shape[-1] <= width)
