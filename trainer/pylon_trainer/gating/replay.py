@@ -81,7 +81,7 @@ class Replay:
         own, values = _copy(batch), _on_device(numbers, batch.tokens_BT.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's for one, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_pool().id, capture_error_mode="thread_local"):
             if not adds:
                 torch._foreach_zero_(self._gradients)
             result = work(own, *values)
@@ -96,9 +96,10 @@ class Replay:
 
 
 @functools.cache
-def _pool() -> Any:
-    """Memory of all recordings of this process. They may share it, as no two run at once and results are copied."""
-    return torch.cuda.graph_pool_handle()
+def _pool() -> torch.cuda.MemPool:
+    """Memory of all recordings of this process. They may share it, as no two run at once and results are copied. Held
+    here, because a pool whose last recording is gone cannot be used again."""
+    return torch.cuda.MemPool()
 
 
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
