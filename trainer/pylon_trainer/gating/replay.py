@@ -96,7 +96,7 @@ class Replay:
 
 
 @functools.cache
-def _pool() -> torch.cuda.MemPool:
+def _pool() -> Any:
     """Memory of all recordings of this process. They may share it, as no two run at once and results are copied. Held
     here, because a pool whose last recording is gone cannot be used again."""
     return torch.cuda.MemPool()
