@@ -102,9 +102,10 @@ class Outcome:
 class Laboratory:
     """One model on which every run takes place."""
 
-    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device) -> None:
+    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device, compile: Compile) -> None:
         self.scale = scale
         self._device = device
+        self._compile = compile
         self.model = build_model(ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY).to(device)
         self._parameters = dict(self.model.named_parameters())
         self._windows = {name: self._cut(ids) for name, ids in corpus.items()}
@@ -203,12 +204,11 @@ class Laboratory:
         return float(loss_sum) / (whole * self.scale.tokens)
 
     def _build(self, gating: dict[str, Any]) -> TrainingStep:
-        on_device = self._device.type == "cuda"
         training = TrainingSpec(
             data=DataSpec(train=["unused"]),
             schedule=ScheduleSpec(steps=1),
-            precision=Precision.BFLOAT16 if on_device else Precision.FLOAT32,
-            compile=Compile.DEFAULT if on_device else Compile.OFF,
+            precision=Precision.BFLOAT16 if self._device.type == "cuda" else Precision.FLOAT32,
+            compile=self._compile,
             gating=GatingSpec.model_validate(gating),
         )
         return build_step(self.model, training, self._device)
