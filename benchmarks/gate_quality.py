@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, print_table, write_results
+from measure import RESULTS, print_table, read_rows, write_results
 from python_corpus import prepare, read_corpus
 from quality_runs import SCHEDULE_STEPS, Laboratory, Outcome, Phase, Scale, Snapshot, Strategy
-from quality_table import PLAIN, read_rows, summarise
+from quality_table import PLAIN, summarise
 
-from pylon_api.training import ScheduleKind, ScheduleSpec
+from pylon_api.training import Compile, ScheduleKind, ScheduleSpec
 
 CORPUS = Path(__file__).parents[1] / ".cache" / "python_corpus.npz"
 LARGE = Scale({"layers": 8, "hidden_size": 512, "heads": 8}, sequences=64, tokens=512)
@@ -98,7 +98,7 @@ class Study:
         self._laboratory = laboratory
         self._arguments = arguments
         self._end_s = time.monotonic() + 60 * arguments.minutes
-        self.rows = read_rows(arguments.results)
+        self.rows = read_rows("gate_quality", arguments.results)
         self.failures: list[str] = []
         self._ready: set[str] = set()
 
@@ -197,6 +197,7 @@ def main() -> int:
     parser.add_argument("--pretrain-seconds", type=float, default=60.0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", choices=list(Compile), type=Compile, help="default: Graph on CUDA, else Disabled")
     parser.add_argument("--small", action="store_true", help="a toy model, to try the script out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON file")
     arguments = parser.parse_args()
@@ -204,7 +205,7 @@ def main() -> int:
         prepare(arguments.corpus)
         return 0
     if arguments.summary:
-        print_table(summarise(read_rows(arguments.results)))
+        print_table(summarise(read_rows("gate_quality", arguments.results)))
         return 0
     arguments.phase = [name for name in PHASES if name in (arguments.phase or PHASES)]
     arguments.strategy = {"plain", *(arguments.strategy or STRATEGIES)}
@@ -214,7 +215,9 @@ def main() -> int:
     scale = SMALL if arguments.small else LARGE
     if arguments.sequences:
         scale = replace(scale, sequences=arguments.sequences)
-    study = Study(Laboratory(scale, read_corpus(arguments.corpus), torch.device(arguments.device)), arguments)
+    device = torch.device(arguments.device)
+    compile = arguments.compile or (Compile.GRAPH if device.type == "cuda" else Compile.OFF)
+    study = Study(Laboratory(scale, read_corpus(arguments.corpus), device, compile), arguments)
     study.prepare()
     starts = study.pretrain(arguments.pretrain_seconds) if set(arguments.phase) - {"scratch"} else {}
     for name in arguments.phase:

@@ -1,9 +1,10 @@
 """One optimizer step, gated against plain: time, memory and counted FLOPs, for every engine and ratio.
 
-    python benchmarks/gate_step.py [--shape 1.17B] [--quick] [--no-compile]
+    python benchmarks/gate_step.py [--shape 1.17B] [--quick] [--compile Graph]
 
 A step is forward, backward, clipping and AdamW, its learning rate 0, so that all kinds meet the same weights. They
-take turns, so that a machine whose speed drifts slows all alike, and are compared with the fastest of several plain
+take turns, so that a machine whose speed drifts slows all alike (recorded ones, which hold on to their memory, come one
+after the other), and are compared with the fastest of several plain
 steps (plain_baselines.py). On CUDA the shapes are real ones in bfloat16, on a CPU a small one in float32. FLOPs are
 counted on tensors without data. A kind that fails costs only itself: it is named, and the exit status is 1.
 """
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, publish
-from plain_baselines import Trainable, WholeHeadStep, fastest_attention, rival_heads
-from step_bench import Bench, Kind
+from measure import RESULTS, print_table, read_rows, write_results
+from plain_baselines import WholeHeadStep, fastest_attention, rival_heads
+from step_bench import ROUNDS, Bench, Kind
 from step_flops import StepFlops, counting_process, step_flops
 
 from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
@@ -42,8 +43,6 @@ class Shape:
     sequences: int
     tokens: int
     """Of a sequence."""
-    replays: bool = False
-    """Whether steps recorded as CUDA graphs are measured too."""
 
     def batch(self, sequences: int, device: torch.device) -> Batch:
         tokens_BT = torch.randint(self.vocabulary, (sequences, self.tokens + 1))
@@ -65,7 +64,6 @@ SHAPES = {
             49152,
             sequences=32,
             tokens=2048,
-            replays=True,
         ),
     },
 }
@@ -80,11 +78,8 @@ ENGINES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "Sequence, 4-layer router": (SEQUENCES, (0.25,)),
 }
 """Fields of the gate and ratios to measure."""
-REPLAYED = ("SinglePass Truncated Keep", "TwoPass")
 QUICK = ("SinglePass Truncated Keep", "TwoPass")
 QUICK_RATIOS = (0.25, 0.5, 1.0)
-
-ROUNDS = 4
 
 
 def step_of(model: Transformer, device: torch.device, compile: Compile, gating: dict[str, Any]) -> TrainingStep:
@@ -104,7 +99,7 @@ def gate_of(fields: dict[str, Any], ratio: float) -> dict[str, Any]:
 
 
 def measure(
-    shape: Shape, device: torch.device, compiles: bool, quick: bool, counting: Executor, failures: list[str]
+    shape: Shape, device: torch.device, compile: Compile, quick: bool, counting: Executor, failures: list[str]
 ) -> list[Kind]:
     """All kinds that came through; the others are named in `failures`."""
 
@@ -124,14 +119,21 @@ def measure(
     def count(gating: dict[str, Any]) -> Future[StepFlops]:
         return counting.submit(step_flops, shape.model, shape.vocabulary, shape.tokens, gating)
 
-    compile = Compile.DEFAULT if compiles else Compile.OFF
-    kinds = plain_kinds(bench.model, device, compile, count({}), shape.replays)
-    for name, fields, ratio in gates(quick):
-        gate = gate_of(fields, ratio)
-        kind = partial(Kind, ratio=ratio, flops=count(gate), granularity=fields.get("granularity", "Token").lower())
-        kinds.append(kind(name, build=partial(step_of, bench.model, device, compile, gate)))
-        if shape.replays and name in REPLAYED and ratio < 1:
-            kinds.append(kind(f"{name}, replayed", build=partial(step_of, bench.model, device, Compile.GRAPH, gate)))
+    kinds = [
+        *plain_kinds(bench.model, device, compile, count({})),
+        *(
+            Kind(
+                name,
+                ratio,
+                partial(step_of, bench.model, device, compile, gate_of(fields, ratio)),
+                count(gate_of(fields, ratio)),
+                granularity=fields.get("granularity", "Token").lower(),
+            )
+            for name, fields, ratio in gates(quick)
+        ),
+    ]
+    if compile is Compile.GRAPH:
+        return [kind for kind in kinds if survives(kind, bench.measure_alone)]
     kinds = [kind for kind in kinds if survives(kind, bench.warm_up)]
     for _ in range(ROUNDS):
         kinds = [kind for kind in kinds if survives(kind, bench.take_turn)]
@@ -141,16 +143,12 @@ def measure(
     return kinds
 
 
-def plain_kinds(
-    model: Transformer, device: torch.device, compile: Compile, flops: Future[StepFlops], replays: bool
-) -> list[Kind]:
+def plain_kinds(model: Transformer, device: torch.device, compile: Compile, flops: Future[StepFlops]) -> Iterator[Kind]:
     """Pylon's own, and on CUDA the same blocks with other heads."""
-    builds: dict[str, Callable[[], Trainable]] = {"Plain": partial(step_of, model, device, compile, {})}
-    if replays:
-        builds["Plain, replayed"] = partial(step_of, model, device, Compile.GRAPH, {})
+    yield Kind("Plain", 1.0, partial(step_of, model, device, compile, {}), flops, is_plain=True)
     if device.type == "cuda":
-        builds |= {f"Plain, {name}": partial(WholeHeadStep, model, head) for name, head in rival_heads().items()}
-    return [Kind(name, 1.0, build, flops, is_plain=True) for name, build in builds.items()]
+        for name, loss_sum in rival_heads().items():
+            yield Kind(f"Plain, {name}", 1.0, partial(WholeHeadStep, model, loss_sum), flops, is_plain=True)
 
 
 def gates(quick: bool) -> Iterator[tuple[str, dict[str, Any], float]]:
@@ -177,24 +175,21 @@ def rows_of(
     if not plains:
         return []
     plain = min(plains, key=lambda kind: statistics.median(kind.step_ms))
-    roomy = min(
-        (kind for kind in plains if kind.peak_bytes or device.type == "cpu"), key=lambda kind: kind.peak_bytes or 0
-    )
-    print(f"  the fastest plain step: {plain.name}; the one of least memory: {roomy.name}", flush=True)
+    print(f"  the fastest plain step: {plain.name}", flush=True)
     plain_flops = flops_of(plain)
     return [
         {
             "shape": name,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "compiled": arguments.compile,
+            "compiled": str(arguments.compile),
             "engine": kind.name,
             "granularity": kind.granularity,
             "ratio": kind.ratio,
             "step_ms": statistics.median(kind.step_ms),
             "plain_ms": statistics.median(plain.step_ms),
             "speedup": statistics.median(plain.step_ms) / statistics.median(kind.step_ms),
-            "memory_ratio": ratio_of(kind.peak_bytes, roomy.peak_bytes),
-            "activation_memory_ratio": ratio_of(activation_bytes(kind), activation_bytes(roomy)),
+            "memory_ratio": ratio_of(kind.peak_bytes, plain.peak_bytes),
+            "activation_memory_ratio": ratio_of(activation_bytes(kind), activation_bytes(plain)),
             "backward_flop_ratio": flops.backward / plain_flops.backward if flops and plain_flops else None,
             "step_flop_ratio": flops.whole / plain_flops.whole if flops and plain_flops else None,
             "forward_backward_ms": statistics.median(kind.forward_backward_ms),
@@ -234,20 +229,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure gated steps beside plain ones.")
     parser.add_argument("--shape", choices=list(shapes), action="append", help="default: all of this device")
     parser.add_argument("--quick", action="store_true", help="fewer engines and ratios")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=device.type == "cuda", help="default: on CUDA only"
-    )
+    default = Compile.DEFAULT if device.type == "cuda" else Compile.OFF
+    parser.add_argument("--compile", choices=list(Compile), type=Compile, default=default, help=f"default: {default}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON file")
     arguments = parser.parse_args()
     # The kinds share code, and each is another specialisation of it.
     torch._dynamo.config.recompile_limit = 64
-    rows: list[dict[str, Any]] = []
+    timing = "median over rounds in which all kinds take turns"
+    kept = read_rows("gate_step", arguments.results)  # of other shapes, or compiled in another way
     failures: list[str] = []
     with counting_process() as counting:
         for name in arguments.shape or list(shapes):
-            rows += rows_of(name, shapes[name], device, arguments, counting, failures)
+            rows = rows_of(name, shapes[name], device, arguments, counting, failures)
             if rows:
-                publish("gate_step", rows, arguments.results, timing="median over rounds in which all kinds take turns")
+                print_table(rows)
+                same = (name, str(arguments.compile))
+                kept = [row for row in kept if (row["shape"], row["compiled"]) != same] + rows
+                write_results("gate_step", kept, arguments.results, timing=timing)
             torch._dynamo.reset()
             gc.collect()  # the next shape's memory must not include this one's
     if failures:

@@ -115,6 +115,13 @@ def write_results(name: str, rows: Sequence[Mapping[str, Any]], directory: Path,
     (directory / f"{name}.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
 
+def read_rows(name: str, directory: Path) -> list[dict[str, Any]]:
+    """What earlier calls left in `<directory>/<name>.json`."""
+    path = directory / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
 def results_directory(description: str) -> Path:
     """The command line: where results go."""
     parser = argparse.ArgumentParser(description=description)

@@ -30,7 +30,6 @@ from pylon_api.training import (
     TrainingSpec,
 )
 from pylon_trainer.gating import build_step
-from pylon_trainer.gating.replay import Replay
 from pylon_trainer.models import build_model
 from pylon_trainer.optim.adamw import AdamW
 from pylon_trainer.optim.schedule import learning_rate_ratio
@@ -103,9 +102,10 @@ class Outcome:
 class Laboratory:
     """One model on which every run takes place."""
 
-    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device) -> None:
+    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device, compile: Compile) -> None:
         self.scale = scale
         self._device = device
+        self._compile = compile
         self.model = build_model(ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY).to(device)
         self._parameters = dict(self.model.named_parameters())
         self._windows = {name: self._cut(ids) for name, ids in corpus.items()}
@@ -122,10 +122,10 @@ class Laboratory:
         batches = self._batches(strategy, kind, seed=0)
         warm = 0
         while warm < WARM_STEPS:
-            graphs = _made(step)
+            graphs = compiled_graphs()
             round_s = self._round(step, optimizer, batches, [1e-4] * ROUND_STEPS, first=warm)[0]
             warm += ROUND_STEPS
-            if _made(step) == graphs:
+            if compiled_graphs() == graphs:
                 break
         self._steps[strategy.name] = step
         self._fresh[strategy.name] = fresh
@@ -164,12 +164,12 @@ class Laboratory:
                 shares = [(done + i) / steps for i in range(count)]
             else:
                 shares = [min((clock_s + i * step_s) / budget_s, 1.0) for i in range(count)]
-            graphs = _made(step)
+            graphs = compiled_graphs()
             rates = [phase.learning_rate * _rate(phase.schedule, share) for share in shares]
             round_s, gated_tokens = self._round(step, optimizer, batches, rates, first=done)
-            if _made(step) == graphs:
+            if compiled_graphs() == graphs:
                 step_s = round_s / count
-            recompiles += _made(step) - graphs
+            recompiles += compiled_graphs() - graphs
             gated += gated_tokens
             clock_s += step_s * count
             done += count
@@ -204,12 +204,11 @@ class Laboratory:
         return float(loss_sum) / (whole * self.scale.tokens)
 
     def _build(self, gating: dict[str, Any]) -> TrainingStep:
-        on_device = self._device.type == "cuda"
         training = TrainingSpec(
             data=DataSpec(train=["unused"]),
             schedule=ScheduleSpec(steps=1),
-            precision=Precision.BFLOAT16 if on_device else Precision.FLOAT32,
-            compile=Compile.GRAPH if on_device else Compile.OFF,
+            precision=Precision.BFLOAT16 if self._device.type == "cuda" else Precision.FLOAT32,
+            compile=self._compile,
             gating=GatingSpec.model_validate(gating),
         )
         return build_step(self.model, training, self._device)
@@ -232,13 +231,6 @@ class Laboratory:
             order_W = torch.from_numpy(generator.permutation(len(windows_WT))).to(self._device)
             for start in range(0, len(order_W) - sequences + 1, sequences):
                 yield _batch(windows_WT[order_W[start : start + sequences]])
-
-
-def _made(step: TrainingStep) -> int:
-    """What has been compiled in this process and recorded of this step."""
-    run = getattr(step, "run", None)
-    recorded = [r for r in run.recordings.values() if r is not None] if isinstance(run, Replay) else []
-    return compiled_graphs() + len(recorded)
 
 
 def _steps_left(steps: int | None, done: int, left_s: float, step_s: float) -> int:

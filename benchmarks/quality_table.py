@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PLAIN = {1.0: "plain", 1.3: "plain, 1.3x the time", 1.6: "plain, 1.6x the time"}
 """Plain strategies by the time that they are given, as a multiple of the others'."""
-
-
-def read_rows(results: Path) -> list[dict[str, Any]]:
-    """Those of earlier calls."""
-    path = results / "gate_quality.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    return rows
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

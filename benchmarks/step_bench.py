@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from pylon_trainer.models import Transformer
 from pylon_trainer.optim.adamw import AdamW, named_gradients
 from pylon_trainer.step import Batch
 
+ROUNDS = 4
 STEPS_OF_TURN = 3
 """The first step of a turn waits for its first kernels to be launched and is not counted."""
 
@@ -101,6 +103,14 @@ class Bench:
         seconds = time.perf_counter() - start
         peak = f", peak {kind.peak_bytes / 2**30:.1f} GiB" if kind.peak_bytes else ""
         print(f"  {kind.name} {kind.ratio}: compiled and warm after {seconds:.1f} s{peak}", flush=True)
+
+    def measure_alone(self, kind: Kind) -> None:
+        """All turns of a kind at once; then it is forgotten, with all that it holds."""
+        self.warm_up(kind)
+        for _ in range(ROUNDS):
+            self.take_turn(kind)
+        del kind.step
+        gc.collect()
 
     def take_turn(self, kind: Kind) -> None:
         graphs = compiled_graphs()
