@@ -161,3 +161,30 @@ def test_under_autocast_the_gradients_are_those_of_the_model_up_to_rounding(fami
         assert gradient.dtype is torch.float32
         similarity = F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
         assert similarity > 0.99, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["plain", "left padded", "packed"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_on_a_gpu_all_rows_give_the_models_own_gradients(family: str, kind: str, bfloat16: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    sizes = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64, "head_dim": 16}
+    model = model_of(family, initializer_range=0.1, **sizes).cuda()
+    batch = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in batch_of(kind).items()}
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        return gradients(model)
+
+    expected = step()
+    enable(model, ALL)
+    actual = step()
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        distance = (actual[name] - gradient).norm() / gradient.norm().clamp_min(1e-6)
+        assert distance < (0.05 if bfloat16 else 1e-3), name
