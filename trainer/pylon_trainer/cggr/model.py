@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, K chosen sequences, D hidden width; S tokens that
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pylon_trainer.cggr.counter import CountingModule
 from pylon_trainer.cggr.metrics import Metrics
 from pylon_trainer.cggr.options import chosen, gating_of
 from pylon_trainer.cggr.router import TruncatedRouter, create_truncated_router
-from pylon_trainer.gating.gate import build_gate
+from pylon_trainer.gating.gate import Gate, build_gate
 from pylon_trainer.gating.ratio import PLAIN
 from pylon_trainer.gating.scores import judge
 from pylon_trainer.gating.selection import all_rows
@@ -78,9 +79,14 @@ class CGGRModel(CountingModule):
         layers = len(layers_of(model, family_of(model)))
         # In a tuple, where torch does not look for modules: a router owns nothing of its own.
         self._router = (router or create_truncated_router(model, max(1, layers // 4)),)
-        self._gate = build_gate(gating, seed=seed, device=model.device)
+        self._seed = seed
         self._by_tokens = GatedModel(model, gating.model_copy(update={"engine": GatingEngine.SINGLE_PASS}), seed)
         self._metrics: Metrics | None = None
+
+    @cached_property
+    def _gate(self) -> Gate:
+        """Built when it is first asked, as the model may move to another device before."""
+        return build_gate(self._gating, seed=self._seed, device=self.model.device)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **arguments: Any) -> Any:
         """The loss, a scalar; without labels the model's own output.

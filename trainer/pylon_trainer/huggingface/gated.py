@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pylon_api.run import GateReport
 from pylon_api.training import GatingSpec
 from pylon_trainer.gating.depth import Depth
-from pylon_trainer.gating.gate import build_gate
+from pylon_trainer.gating.gate import Gate, build_gate
 from pylon_trainer.gating.gradients import Sink
 from pylon_trainer.gating.head import Head
 from pylon_trainer.gating.ratio import PLAIN
@@ -67,7 +68,12 @@ class GatedModel:
         self._usual = model.forward
         self._argument_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._engine = ModelEngine(model, gating)
-        self._gate = build_gate(gating, seed=seed, device=model.device)
+        self._seed = seed
+
+    @cached_property
+    def _gate(self) -> Gate:
+        """Built when it is first asked, as the model may move to another device before."""
+        return build_gate(self._gating, seed=self._seed, device=self._model.device)
 
     def report(self) -> GateReport:
         """What the gate does, and why."""
