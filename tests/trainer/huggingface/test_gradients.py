@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import FAMILIES, LENGTH, SEQUENCES, batch_of, cut_attention, gradients, model_of
 from torch import Tensor
+from transformers.models.llama import modeling_llama
 
 import pylon_trainer.huggingface as pylon
 from pylon_trainer.gating.gate import Gate
@@ -161,6 +162,26 @@ def test_under_autocast_the_gradients_are_those_of_the_model_up_to_rounding(fami
         assert gradient.dtype is torch.float32
         similarity = F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
         assert similarity > 0.99, name
+
+
+def test_a_kernel_that_rotates_in_place_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of(), batch_of()
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    usual = modeling_llama.apply_rotary_pos_emb
+
+    def in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        rotated = usual(q, k, cos, sin)
+        for x, value in zip((q, k), rotated, strict=True):
+            x.data.copy_(value.detach())
+        return rotated
+
+    in_place.__module__ = "liger_kernel.transformers.rope"
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", in_place)
+    enable(model, ALL)
+    model(**batch).loss.backward()
+    assert_same(gradients(model), expected)
 
 
 @pytest.mark.gpu

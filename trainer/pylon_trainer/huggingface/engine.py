@@ -1,7 +1,8 @@
 """The engine of one Hugging Face model: built when it is first needed, and again when the model's ways change.
 
 A trainer switches autocast and activation checkpointing on by itself and at any time, so both are read at every call:
-products run in the precision that is in force, and a model that checkpoints has its rows recomputed instead of kept.
+products run in the precision that is in force, and rows are recomputed instead of kept where the model checkpoints or
+where a foreign kernel may write over what is kept, as Liger's rotation does.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class ModelEngine:
         return [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
 
     def _engine(self) -> Engine:
-        recomputes = self.trunk.is_checkpointing
-        if recomputes and self._gating.engine is GatingEngine.HEAD_ONLY:
+        is_checkpointing = self.trunk.is_checkpointing
+        if is_checkpointing and self._gating.engine is GatingEngine.HEAD_ONLY:
             raise ConfigError(
                 "engine: HeadOnly holds all activations; use SinglePass, or switch gradient_checkpointing off"
             )
+        recomputes = is_checkpointing or self.trunk.may_overwrite
         if recomputes not in self._engines:
             changes = {"row_activations": RowActivations.RECOMPUTE} if recomputes else {}
             gating = self._gating.model_copy(update=changes)

@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, K chosen rows, D hidden width, E width of a head.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ class HuggingFaceTrunk:
     def is_checkpointing(self) -> bool:
         """Whether the model was told to hold little and compute twice."""
         return any(block.is_checkpointing for block in self.blocks)
+
+    @property
+    def may_overwrite(self) -> bool:
+        """Whether the blocks' rotations are foreign kernels, which may write over the products that they rotate."""
+        rotate = getattr(sys.modules[type(self._body).__module__], "apply_rotary_pos_emb", None)
+        is_own = rotate is None or rotate.__module__.startswith("transformers.")
+        return not is_own or bool(getattr(self._model, "use_kernels", False))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All of the model's."""
