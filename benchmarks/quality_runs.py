@@ -30,6 +30,7 @@ from pylon_api.training import (
     TrainingSpec,
 )
 from pylon_trainer.gating import build_step
+from pylon_trainer.gating.replay import Replay
 from pylon_trainer.models import build_model
 from pylon_trainer.optim.adamw import AdamW
 from pylon_trainer.optim.schedule import learning_rate_ratio
@@ -122,10 +123,10 @@ class Laboratory:
         batches = self._batches(strategy, kind, seed=0)
         warm = 0
         while warm < WARM_STEPS:
-            graphs = compiled_graphs()
+            graphs = _made(step)
             round_s = self._round(step, optimizer, batches, [1e-4] * ROUND_STEPS, first=warm)[0]
             warm += ROUND_STEPS
-            if compiled_graphs() == graphs:
+            if _made(step) == graphs:
                 break
         self._steps[strategy.name] = step
         self._fresh[strategy.name] = fresh
@@ -164,12 +165,12 @@ class Laboratory:
                 shares = [(done + i) / steps for i in range(count)]
             else:
                 shares = [min((clock_s + i * step_s) / budget_s, 1.0) for i in range(count)]
-            graphs = compiled_graphs()
+            graphs = _made(step)
             rates = [phase.learning_rate * _rate(phase.schedule, share) for share in shares]
             round_s, gated_tokens = self._round(step, optimizer, batches, rates, first=done)
-            if compiled_graphs() == graphs:
+            if _made(step) == graphs:
                 step_s = round_s / count
-            recompiles += compiled_graphs() - graphs
+            recompiles += _made(step) - graphs
             gated += gated_tokens
             clock_s += step_s * count
             done += count
@@ -231,6 +232,13 @@ class Laboratory:
             order_W = torch.from_numpy(generator.permutation(len(windows_WT))).to(self._device)
             for start in range(0, len(order_W) - sequences + 1, sequences):
                 yield _batch(windows_WT[order_W[start : start + sequences]])
+
+
+def _made(step: TrainingStep) -> int:
+    """How much has been compiled in this process, and recorded of this step: what takes time once."""
+    run = getattr(step, "run", None)
+    recordings = run.recordings.values() if isinstance(run, Replay) else ()
+    return compiled_graphs() + sum(recording is not None for recording in recordings)
 
 
 def _steps_left(steps: int | None, done: int, left_s: float, step_s: float) -> int:

@@ -51,8 +51,11 @@ def without_waiting(call: Callable[[], object]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", [None, "inductor"], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("bfloat16", "isolated"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("bfloat16", "isolated", "backend"),
+    [(False, True, None), (True, False, None), (True, True, "inductor")],
+    ids=["float32-packed-eager", "bfloat16-eager", "bfloat16-packed-compiled"],
+)
 @pytest.mark.parametrize("name", ENGINES)
 def test_gradients_equal_the_cpus_and_no_step_waits(
     name: str, bfloat16: bool, isolated: bool, backend: str | None

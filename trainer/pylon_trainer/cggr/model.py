@@ -25,6 +25,7 @@ from pylon_trainer.gating.gate import build_gate
 from pylon_trainer.gating.ratio import PLAIN
 from pylon_trainer.gating.scores import judge
 from pylon_trainer.gating.selection import all_rows
+from pylon_trainer.huggingface.detour import Collect, detour
 from pylon_trainer.huggingface.families import family_of, layers_of
 from pylon_trainer.huggingface.gated import GatedModel
 from pylon_trainer.kernels import head
@@ -139,7 +140,8 @@ class CGGRModel(CountingModule):
 
     @torch.no_grad()
     def _score(self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]) -> tuple[Scores, Tensor, Tensor]:
-        """Scores of the tokens looked at, and of every sequence the mean of its score and of its gradient norm."""
+        """Scores of the tokens looked at, and of every sequence the mean of its score and the root mean square of its
+        gradient norm."""
         router: Any = self._router[0]
         looked_BS = _looked_at(labels_BT != IGNORED)
         labels_BS = labels_BT.gather(1, looked_BS)
@@ -154,7 +156,8 @@ class CGGRModel(CountingModule):
             figures_BS = torch.where(labelled_BS, figures_N.view_as(labels_BS), 0.0)
             return figures_BS.sum(1) / labelled_BS.sum(1).clamp_min(1)
 
-        return scores, mean(judge(self._gating.strategy, scores)), mean(scores.gradient_norm_N)
+        scores_B, squares_B = mean(judge(self._gating.strategy, scores)), mean(scores.gradient_norm_N.square())
+        return scores, scores_B, squares_B.sqrt()
 
     def _run(
         self, rows_K: Tensor, weights_K: Tensor, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]
@@ -168,13 +171,24 @@ class CGGRModel(CountingModule):
         body = getattr(self.model, self._body)
         hidden_KTD = body(input_ids[rows_K], **{"use_cache": False, **theirs}).last_hidden_state
         labels_N = labels_BT[rows_K].flatten()
-        return head.selected_cross_entropy(
+        return _weighted_loss(
             hidden_KTD.flatten(0, 1),
             self.model.get_output_embeddings().weight,
             labels_N,
-            torch.arange(len(labels_N), device=labels_N.device),
             weights_K.repeat_interleave(labels_BT.shape[1]),
         )
+
+
+def _weighted_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Weighted sum of the rows' losses, with the gradients of hidden states and weight, from one look at the logits."""
+    found = head.loss_gradients(hidden_ND, weight_VD, labels_N, weights_N, wants_weight=weight_VD.requires_grad)
+
+    def way_back(gradient: Tensor, collect: Collect) -> None:
+        collect(hidden_ND, found.d_hidden_KH * gradient)
+        if found.d_weight_VH is not None:
+            collect(weight_VD, found.d_weight_VH * gradient)
+
+    return detour(weights_N @ found.losses_K, way_back, [hidden_ND, weight_VD])
 
 
 def _shifted(labels_BT: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ a pool of memory for intermediate results of their own. It pays where kernels ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -54,21 +55,20 @@ class Replay:
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._gradients: list[Tensor] | None = None
-        self._pool = torch.cuda.graph_pool_handle()
-        self._recordings: dict[Hashable, Recording | None] = {}
-        """None: has run once."""
+        self.recordings: dict[Hashable, Recording | None] = {}
+        """None: has run once, and not been recorded yet."""
 
     def __call__(self, key: Hashable, work: Callable[..., Result], batch: Batch, *numbers: float) -> Result:
         """As Runner has it."""
         adds = self._parameters[0].grad is not None
         key = (key, adds, batch.tokens_BT.shape, batch.documents_BT is None)
         # What adds to gradients outside the buffers, those of work that was not replayed, is not replayed either.
-        if key not in self._recordings or (adds and not self._owns_gradients()):
-            self._recordings.setdefault(key, None)
+        if key not in self.recordings or (adds and not self._owns_gradients()):
+            self.recordings.setdefault(key, None)
             return work(batch, *_on_device(numbers, batch.tokens_BT.device))
-        recording = self._recordings[key]
+        recording = self.recordings[key]
         if recording is None:
-            recording = self._recordings[key] = self._record(work, batch, numbers, adds)
+            recording = self.recordings[key] = self._record(work, batch, numbers, adds)
         _fill(recording, batch, numbers)
         recording.graph.replay()
         self._install_gradients()
@@ -81,7 +81,7 @@ class Replay:
         own, values = _copy(batch), _on_device(numbers, batch.tokens_BT.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's for one, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_pool().id, capture_error_mode="thread_local"):
             if not adds:
                 torch._foreach_zero_(self._gradients)
             result = work(own, *values)
@@ -93,6 +93,13 @@ class Replay:
 
     def _owns_gradients(self) -> bool:
         return self._gradients is not None and self._parameters[0].grad is self._gradients[0]
+
+
+@functools.cache
+def _pool() -> Any:
+    """Memory of all recordings of this process. They may share it, as no two run at once and results are copied. Held
+    here, because a pool whose last recording is gone cannot be used again."""
+    return torch.cuda.MemPool()
 
 
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:

@@ -40,11 +40,11 @@ class PlainStep:
         self.model: Transformer = model
         self._device = device
         self._precision = precision
-        self._run = run
+        self.run = run
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:  # noqa: ARG002
         """As TrainingStep has it."""
-        return self._run("plain", self._plain, batch, max(global_tokens, 1))[0]
+        return self.run("plain", self._plain, batch, max(global_tokens, 1))[0]
 
     def _plain(
         self, batch: Batch, global_tokens: Number, *, weights_N: Tensor | None = None, wants_scores: bool = False
@@ -121,7 +121,7 @@ class GatedStep(PlainStep):
         else:
             work = partial(self._gated, ratio=ratio, wants_scores=wants_scores)
             numbers += map(float, gate.draw())
-        result, scores = self._run((ratio, gate.opened_tiers, wants_scores), work, batch, *numbers)
+        result, scores = self.run((ratio, gate.opened_tiers, wants_scores), work, batch, *numbers)
         gate.count_nonfinite(result.nonfinite_rows)
         if scores is not None:
             scores_N = judge(self._training.gating.strategy, scores)

@@ -14,35 +14,39 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from pylon_trainer.gating.gradients import Sink
+Collect = Callable[[Tensor, Tensor], None]
+"""Takes an input and what is to be added to its gradient."""
 
-WayBack = Callable[[Tensor, Sink], None]
-"""Takes the gradient at the value; hands out the gradients of parameters. To be called once."""
+WayBack = Callable[[Tensor, Collect], None]
+"""Takes the gradient at the value; hands out the gradients of inputs. To be called once."""
 
 
-def detour(value: Tensor, back: WayBack, parameters: Sequence[Parameter]) -> Tensor:
-    """The value, which has no graph, with gradients that `back` computes. parameters: all that it may hand out."""
-    joined: Tensor = _Detour.apply(value, back, *parameters)
+def detour(value: Tensor, back: WayBack, inputs: Sequence[Tensor]) -> Tensor:
+    """The value, which has no graph, with gradients that `back` computes. inputs: parameters, and whatever else it may
+    hand gradients of."""
+    joined: Tensor = _Detour.apply(value, back, *inputs)
     return joined
 
 
 class _Detour(Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, back: WayBack, *parameters: Parameter) -> Tensor:
-        ctx.back, ctx.parameters = back, parameters
+    def forward(ctx: Any, value: Tensor, back: WayBack, *inputs: Tensor) -> Tensor:
+        ctx.back, ctx.inputs = back, inputs
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        collected: dict[Parameter, Tensor] = {}
+        back, ctx.back = ctx.back, None  # with all that it holds
+        if back is None:
+            raise RuntimeError("a gated loss keeps nothing after its first backward pass; compute it again")
+        collected: dict[Tensor, Tensor] = {}
 
-        def sink(parameter: Parameter, gradient: Tensor) -> None:
-            known = collected.get(parameter)
-            collected[parameter] = gradient if known is None else known.add_(gradient)
+        def collect(x: Tensor, gradient: Tensor) -> None:
+            known = collected.get(x)
+            collected[x] = gradient if known is None else known.add_(gradient)
 
         with torch.enable_grad():  # autograd switches it off on its own way
-            ctx.back(gradient, sink)
-        return None, None, *(collected.get(parameter) for parameter in ctx.parameters)
+            back(gradient, collect)
+        return None, None, *(collected.get(x) for x in ctx.inputs)
