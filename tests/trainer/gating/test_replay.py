@@ -60,7 +60,7 @@ def train(step: TrainingStep, steps: int, micro_batches: int) -> list[Tensor]:
             assert parameter.grad is not None
             seen.append(parameter.grad.norm())
             with torch.no_grad():
-                parameter -= 0.05 * parameter.grad
+                parameter -= 1e-3 * parameter.grad
             parameter.grad = None
         seen.extend(losses)
     return seen
