@@ -86,8 +86,9 @@ class GateReport(Report):
     retained_mass: float | None = None
     """Share of all tokens' gradient norm that the `ratio` hardest of them hold; unset until measured."""
     effective_token_share: float | None = None
-    """How many plain tokens one token of a gated batch is worth for the gradient's variance: sum g^2 / sum (g^2 / p),
-    with g a token's gradient norm and p the probability that it is chosen; 1 in a plain step. Unset until measured."""
+    """How many plain tokens one token of a gated batch is worth: sum g^2 / sum (g^2 / p) by the gradient's variance,
+    with g a token's gradient norm and p the probability that it is chosen, less what the engine cuts between tokens; 1
+    in a plain step. Unset until measured."""
     saved_flops_ratio: float = 0
     """Share of a plain step's floating-point operations that a step now spares, by the engine's cost model; 0 in a
     plain step."""

@@ -66,6 +66,8 @@ CASES: list[tuple[str, dict[str, object], Observation, float, str]] = [
      Observation(masses(SPREAD), shares(1.1), seconds(0.5)), PLAIN, "worth 0.55 plain ones"),
     ("an engine that spares little", {},
      Observation(masses(CONCENTRATED), shares(1.2), seconds(0.5, fixed=0.9)), PLAIN, "worth 0.90 plain ones"),
+    ("an engine that cuts gradients between tokens", {"engine": "SinglePass"},
+     Observation(masses(CONCENTRATED), shares(1.6), seconds(0.5)), 0.625, "worth 0.90 plain steps in the time of 0.75"),
     ("and nobody asked", {"fallback": "Never"},
      Observation(masses(CONCENTRATED), shares(1.6), seconds(0.5, fixed=0.9)), 0.5, "hold 0.93"),
     ("a larger ratio pays where the smallest that holds does not", {"target_mass": 0.4},

@@ -121,14 +121,15 @@ class Gate:
 
     def report(self) -> GateReport:
         """What the gate is doing, from figures that have reached the host already; the same on every rank."""
-        ratio, is_plain = self._ratio, self._ratio == PLAIN
+        ratio, is_plain, belief = self._ratio, self._ratio == PLAIN, self._belief
         is_warming_up = self._step < self._gating.warmup_steps
+        worth = self._control.worth(belief, ratio) if ratio in belief.share else None
         return GateReport(
             decision=GateDecision.PLAIN if is_plain else GateDecision.GATED,
-            reason=f"warm-up, ratio {ratio:g}" if is_warming_up else self._belief.reason,
+            reason=f"warm-up, ratio {ratio:g}" if is_warming_up else belief.reason,
             ratio=ratio,
-            retained_mass=self._belief.mass.get(ratio),
-            effective_token_share=1.0 if is_plain else self._belief.share.get(ratio),
+            retained_mass=belief.mass.get(ratio),
+            effective_token_share=1.0 if is_plain else worth,
             nonfinite_steps=self._nonfinite_steps,
         )
 
