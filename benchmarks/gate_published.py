@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, Mark, host_syncs, publish
+from measure import RESULTS, Mark, device_name, host_syncs, publish
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -169,11 +169,13 @@ def measure(device: torch.device) -> tuple[list[Contender], list[str]]:
 def rows_of(contenders: list[Contender], device: torch.device) -> list[dict[str, Any]]:
     _, sequences, tokens = SHAPES[device.type]
     medians = {contender.name: statistics.median(contender.step_ms) for contender in contenders}
-    best_published = min((ms for name, ms in medians.items() if name.startswith("published")), default=None)
+    published_ms = [medians.get(name) for name in CONTENDERS if name.startswith("published")]
+    # The better of the two is not known when one has failed.
+    best_published = None if None in published_ms else min(published_ms)
     return [
         {
             "shape": "1.17B" if device.type == "cuda" else "toy",
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "device": device_name(),
             "contender": contender.name,
             "granularity": "batch" if contender.name.startswith("whole") else "sequence",
             "ratio": 1.0 if contender.name.startswith("whole") else RATIO,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, print_table, read_rows, write_results
+from measure import RESULTS, device_name, print_table, read_rows, write_results
 from python_corpus import prepare, read_corpus
 from quality_runs import SCHEDULE_STEPS, Laboratory, Outcome, Phase, Scale, Snapshot, Strategy
 from quality_table import PLAIN, summarise
@@ -128,7 +128,7 @@ class Study:
     def compare(self, name: str, starts: Mapping[str, Snapshot]) -> None:
         """All strategies of a phase, seed by seed."""
         phase = scaled(PHASES[name], self._arguments.seconds)
-        self.rows = [row for row in self.rows if row["phase"] != name]
+        self.rows = [row for row in self.rows if (row["phase"], row["device"]) != (name, device_name())]
         for seed in range(self._arguments.seeds):
             start = starts[name] if name in starts else self._laboratory.start(seed)
             outcomes: dict[str, Outcome] = {}
@@ -155,6 +155,8 @@ class Study:
         self.rows.append(
             {
                 "phase": phase,
+                "device": device_name(),
+                "sequences": self._laboratory.scale.sequences,
                 "strategy": strategy.name,
                 "ratio": outcome.ratio,
                 "seed": seed,
@@ -172,8 +174,10 @@ class Study:
             flush=True,
         )
         rates = {name: PHASES[name].learning_rate for name in PHASES}
-        tokens = self._laboratory.scale.sequences * self._laboratory.scale.tokens
-        write_results("gate_quality", self.rows, self._arguments.results, learning_rate=rates, tokens_per_step=tokens)
+        tokens = self._laboratory.scale.tokens
+        write_results(
+            "gate_quality", self.rows, self._arguments.results, learning_rate=rates, tokens_of_a_sequence=tokens
+        )
 
     def _fail(self, what: str) -> None:
         print(f"{what} failed:\n{traceback.format_exc()}", flush=True)

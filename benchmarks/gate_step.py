@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, print_table, read_rows, write_results
+from measure import RESULTS, device_name, print_table, read_rows, write_results
 from plain_baselines import WholeHeadStep, fastest_attention, rival_heads
 from step_bench import ROUNDS, Bench, Kind
 from step_flops import StepFlops, counting_process, step_flops
@@ -180,7 +180,7 @@ def rows_of(
     return [
         {
             "shape": name,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "device": device_name(),
             "compiled": str(arguments.compile),
             "engine": kind.name,
             "granularity": kind.granularity,
@@ -197,6 +197,7 @@ def rows_of(
             / statistics.median(kind.forward_backward_ms),
             "includes_optimizer": True,
             "plain_head": plain.name,
+            "kinds": "one after the other" if arguments.compile is Compile.GRAPH else "taking turns",
             "syncs": kind.syncs,
             "recompiles": kind.recompiles,
             "gradient_difference": kind.gradient_difference,
@@ -235,17 +236,16 @@ def main() -> int:
     arguments = parser.parse_args()
     # The kinds share code, and each is another specialisation of it.
     torch._dynamo.config.recompile_limit = 64
-    timing = "median over rounds in which all kinds take turns"
-    kept = read_rows("gate_step", arguments.results)  # of other shapes, or compiled in another way
+    kept = read_rows("gate_step", arguments.results)  # of other shapes and devices, or compiled in another way
     failures: list[str] = []
     with counting_process() as counting:
         for name in arguments.shape or list(shapes):
             rows = rows_of(name, shapes[name], device, arguments, counting, failures)
             if rows:
                 print_table(rows)
-                same = (name, str(arguments.compile))
-                kept = [row for row in kept if (row["shape"], row["compiled"]) != same] + rows
-                write_results("gate_step", kept, arguments.results, timing=timing)
+                same = (name, device_name(), str(arguments.compile))
+                kept = [row for row in kept if (row["shape"], row["device"], row["compiled"]) != same] + rows
+                write_results("gate_step", kept, arguments.results, timing="median of steps")
             torch._dynamo.reset()
             gc.collect()  # the next shape's memory must not include this one's
     if failures:

@@ -92,6 +92,11 @@ def publish(
     write_results(name, rows, directory, timing=timing)
 
 
+def device_name() -> str:
+    """Of the device that is measured, short: H200, cpu."""
+    return torch.cuda.get_device_name().removeprefix("NVIDIA ") if torch.cuda.is_available() else "cpu"
+
+
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of equal keys in columns."""
     cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]

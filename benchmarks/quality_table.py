@@ -16,6 +16,7 @@ PLAIN = {1.0: "plain", 1.3: "plain, 1.3x the time", 1.6: "plain, 1.6x the time"}
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """By phase and strategy: mean loss, paired difference to plain, and what it takes plain to be as good."""
     losses: dict[tuple[str, str], dict[int, float]] = {}
+    rows = [{**row, "phase": f"{row['phase']}, {row['device']}"} for row in rows]
     for row in rows:
         losses.setdefault((row["phase"], row["strategy"]), {})[row["seed"]] = row["loss"]
     table = []

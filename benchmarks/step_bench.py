@@ -96,8 +96,7 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self.step(kind)
-            # What a recording allocated when it was made does not show in a replay's peak.
-            kind.peak_bytes = None if "replayed" in kind.name else torch.cuda.max_memory_allocated()
+            kind.peak_bytes = torch.cuda.max_memory_allocated()
             kind.persistent_bytes = 4 * sum(p.numel() * p.element_size() for p in self._parameters.values())
             kind.syncs = host_syncs(lambda: self.step(kind))
         seconds = time.perf_counter() - start

@@ -31,7 +31,16 @@ def test_runs_of_equal_time_are_written_and_other_phases_are_kept(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality_runs, "ROUND_STEPS", 2)
-    earlier = {"phase": "scratch", "strategy": "plain", "ratio": 1, "seed": 0, "seconds": 1, "loss": 3, "steps": 1}
+    earlier = {
+        "phase": "scratch",
+        "device": "cpu",
+        "strategy": "plain",
+        "ratio": 1,
+        "seed": 0,
+        "seconds": 1,
+        "loss": 3,
+        "steps": 1,
+    }
     (tmp_path / "gate_quality.json").write_text(json.dumps({"rows": [{**earlier, "step_ms": 1}]}))
     chosen = ("half batch", "gated 0.5", "exact 0.5, steps of gated 0.5")
     toy = ["--corpus", corpus, "--small", "--device", "cpu", "--pretrain-seconds", 0.2, "--results", tmp_path]
@@ -62,6 +71,7 @@ def rows_of(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [
         {
             "phase": "late",
+            "device": "cpu",
             "strategy": name,
             "seed": seed,
             "ratio": 1.0,
