@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -163,11 +164,12 @@ def test_a_micro_batch_with_a_logit_that_is_no_number_adds_nothing_and_is_told()
     model(**batch).loss.backward()
     assert_same(gradients(model), expected)
     weight_VD[:, 0] = usual_V
-    with pytest.warns(UserWarning, match="NaN or infinite") as told:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         for _ in range(40):
             optimizer.step()
             model(**batch).loss.backward()
-    assert len(told) == 1
+    assert ["NaN or infinite" in str(warning.message) for warning in told] == [True]
 
 
 def test_a_frozen_base_gets_no_gradients() -> None:

@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,28 @@ def test_somebody_elses_patch_is_refused_and_stays() -> None:
     with pytest.raises(ConfigError, match="before accelerate prepares the model"):
         pylon.enable(model, **HALF)
     assert model.forward is patched
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha: 5.0", "leave it out"]),
+        ({"n_gpu": 2}, ["n_gpu: 2", "DataParallel", "torchrun"]),
+    ],
+)
+def test_what_a_trainer_does_beside_the_model_is_refused_by_name(changes: dict[str, Any], named: list[str]) -> None:
+    usual = {"neftune_noise_alpha": None, "n_gpu": 1, "liger_kernel_config": None, "use_liger_kernel": False}
+    trainer = SimpleNamespace(
+        model=model_of(),
+        args=SimpleNamespace(**usual | changes),
+        add_callback=None,
+        compute_loss_func=None,
+        label_smoother=None,
+    )
+    with pytest.raises(ConfigError) as refusal:
+        pylon.enable(trainer, **HALF)
+    assert all(word in str(refusal.value) for word in named), refusal.value
+    assert "forward" not in vars(trainer.model)
 
 
 def test_trls_forward_is_stood_in_for_and_put_back() -> None:

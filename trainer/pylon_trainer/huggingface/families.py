@@ -53,7 +53,7 @@ def _class_of(model: nn.Module) -> type:
 
 
 def check_ends(model: nn.Module) -> None:
-    """Raises ConfigError for a forward or a head that is not the family's: a loss from hidden states leaves them out."""
+    """Raises ConfigError for a forward or a head that is not the family's: a loss from hidden states skips them."""
     cls = _class_of(model)
     if type(model).forward is not cls.forward:  # type: ignore[attr-defined]
         raise ConfigError(

@@ -101,7 +101,7 @@ class GatedModel:
         return first is not None and id(first) in stepped
 
     def count(self) -> None:
-        """The optimizer has made a step. Warns, once each, when the gate is passed by and when logits are no numbers."""
+        """The optimizer has made a step. Warns when the gate is passed by, and once when logits are no numbers."""
         name = type(self._model).__name__
         if not self.calls:
             warnings.warn(
