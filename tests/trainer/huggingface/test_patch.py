@@ -181,6 +181,7 @@ def test_a_copy_is_gated_by_itself(copied: Any) -> None:
     assert not gradients(model)
     torch.optim.SGD(twin.parameters(), lr=0.0).step()
     assert gated.step == 0
+    assert copied(gated).step == 0  # with its model
     pylon.disable(twin)
     assert twin(**batch).logits is not None
     assert model(**batch).logits is None

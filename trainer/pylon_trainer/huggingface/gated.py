@@ -96,9 +96,9 @@ class GatedModel:
         return {name: figure for name, figure in figures.items() if figure is not None}
 
     def is_trained_by(self, stepped: Container[int]) -> bool:
-        """Whether the first parameter that trains is among those with these ids."""
+        """Whether it is enabled and the first parameter that trains is among those with these ids."""
         first = next((parameter for parameter in self._model.parameters() if parameter.requires_grad), None)
-        return first is not None and id(first) in stepped
+        return self.is_enabled and first is not None and id(first) in stepped
 
     def count(self) -> None:
         """The optimizer has made a step. Warns when the gate is passed by, and once when logits are no numbers."""

@@ -66,7 +66,6 @@ def disable(model_or_trainer: Any) -> None:
         return
     patch: _GatedForward = getattr(model, _PLACE)
     patch.gated.is_enabled = False  # for whoever has wrapped the forward since
-    _ENABLED.discard(patch)
     delattr(model, _PLACE)
     if vars(model).get("forward") is patch:
         del model.forward
@@ -84,18 +83,17 @@ class _GatedForward:
         """previous: what was on the instance before, if anything."""
         functools.update_wrapper(self, usual)  # trainers read the signature
         self.gated, self.previous = gated, previous
-        _ENABLED.add(self)
+        _PATCHES.add(self)
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self.gated.forward(*positional, **named)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self.gated.is_enabled:
-            _ENABLED.add(self)
+        _PATCHES.add(self)
 
 
-_ENABLED: weakref.WeakSet[_GatedForward] = weakref.WeakSet()
+_PATCHES: weakref.WeakSet[_GatedForward] = weakref.WeakSet()
 """Whose steps are counted, for as long as their models live."""
 
 
@@ -167,6 +165,6 @@ def _check_trainer(trainer: Any) -> None:
 def _count(optimizer: Optimizer, *_: Any) -> None:
     """After an optimizer's step: one step more for the gates of its models."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for patch in _ENABLED:
+    for patch in _PATCHES:
         if patch.gated.is_trained_by(stepped):
             patch.gated.count()
