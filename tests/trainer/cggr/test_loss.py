@@ -53,10 +53,10 @@ def test_unknown_names_list_the_choices(field: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"min_tokens_ratio": 0.0}, "token_ratio"),
-        ({"min_tokens_ratio": 1.5}, "token_ratio"),
+        ({"min_tokens_ratio": 0.0}, "min_tokens_ratio: 0.0"),
+        ({"min_tokens_ratio": 1.5}, "min_tokens_ratio: 1.5"),
         ({"threshold_sensitivity": 1.0}, "threshold_sensitivity"),
-        ({"num_strata": 1}, "strata"),
+        ({"num_strata": 0}, "num_strata: 0"),
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"min_tokens_per_sequence": -1}, "min_tokens_per_sequence"),
     ],
@@ -64,6 +64,22 @@ def test_unknown_names_list_the_choices(field: str, value: str) -> None:
 def test_numbers_that_cannot_be_are_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         CGGRLoss(**options)
+
+
+def test_one_stratum_draws_all_tokens_alike() -> None:
+    logits, targets = logits_of(), targets_of()
+    CGGRLoss("loss", "stratified", num_strata=1, min_tokens_ratio=0.25, **FIXED)(logits, targets).backward()
+    assert carrying(logits).sum() == 12
+    losses_N = F.cross_entropy(logits.detach().flatten(0, 1), targets.flatten(), reduction="none")
+    weight_N = logits.grad.flatten(0, 1).norm(dim=-1) / (losses_N.neg().exp() - 1).abs()  # type: ignore[union-attr]
+    assert weight_N.amax() < 2 * weight_N[weight_N > 0].amin()
+
+
+def test_a_base_loss_of_one_number_and_an_empty_batch_are_told() -> None:
+    with pytest.raises(ValueError, match=r"base_loss: gives shape .* use reduction='none'"):
+        CGGRLoss(base_loss=torch.nn.CrossEntropyLoss(), **FIXED)(logits_of(), targets_of())
+    with pytest.raises(ValueError, match=r"logits: shape \(0, 16, 29\) holds nothing"):
+        CGGRLoss(**FIXED)(logits_of()[:0], targets_of()[:0])
 
 
 def test_the_hardest_by_loss_are_the_hardest_by_loss() -> None:

@@ -103,6 +103,42 @@ def test_sampled_sequences_are_unbiased() -> None:
     assert sum(losses) / len(losses) == pytest.approx(expected, rel=0.1)
 
 
+def test_dropout_forbids_to_choose_tokens_and_not_sequences() -> None:
+    model = model_of("gpt2", resid_pdrop=0.1)
+    with pytest.raises(ConfigError, match="dropout"):
+        CGGRModel(model, granularity="token", **FIXED)
+    gated = CGGRModel(model, **FIXED)
+    for sequences in (4, 1):
+        tokens_BT = tokens_of(sequences=sequences)
+        gated(tokens_BT, labels=tokens_BT).backward()
+    assert gradients(model)
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_the_items_of_the_whole_batch_are_the_divisor(granularity: str) -> None:
+    model, batch = model_of(), batch_of("counted")
+    expected = model(**batch).loss
+    gated = CGGRModel(model, min_tokens_ratio=1.0, granularity=granularity, **FIXED)
+    torch.testing.assert_close(gated(**batch), expected)
+    assert gated(**batch | {"labels": torch.full_like(batch["labels"], -100), "num_items_in_batch": 0}) == 0
+
+
+def test_what_a_call_cannot_mean_is_named() -> None:
+    gated, tokens_BT = CGGRModel(model_of(), **FIXED), tokens_of()
+    with pytest.raises(ConfigError, match="attention_musk: LlamaForCausalLM takes no such argument"):
+        gated(tokens_BT, labels=tokens_BT, attention_musk=torch.ones_like(tokens_BT))
+    with pytest.raises(ValueError, match=r"labels \(3, 11\) must have the shape of input_ids \(3, 12\)"):
+        gated(tokens_BT, labels=tokens_BT[:, 1:])
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_a_batch_with_a_logit_that_is_no_number_adds_nothing(granularity: str) -> None:
+    model, tokens_BT = model_of(), tokens_of()
+    model.lm_head.weight.data[0] = torch.inf
+    CGGRModel(model, granularity=granularity, **FIXED)(tokens_BT, labels=tokens_BT).backward()
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
 def test_a_batch_of_one_is_thinned_by_tokens() -> None:
     gated = CGGRModel(model_of(), min_tokens_ratio=0.25, **FIXED)
     gated(tokens_of(sequences=1), labels=tokens_of(sequences=1)).backward()

@@ -111,6 +111,27 @@ def test_tiers_open_one_by_one_and_the_count_is_kept() -> None:
     assert resumed.opened == 3
 
 
+def test_draws_follow_from_the_step_alone() -> None:
+    drawn = []
+    for passes_before in (0, 2):
+        model, batch = model_of(), batch_of()
+        wrapper = CGGRWrapper(model, warmup_steps=0, leak_rate=0.5)
+        for _ in range(passes_before):
+            wrapper(**batch)
+        wrapper.step()
+        wrapper(**batch).loss.backward()
+        drawn.append(gradients(model))
+    assert_same(*drawn)
+
+
+def test_labels_of_none_are_no_labels_and_averages_are_of_labelled_tokens() -> None:
+    wrapper, batch = CGGRWrapper(model_of(), warmup_steps=0), batch_of("ignored")
+    wrapper(**batch)
+    logits = wrapper.model(batch["input_ids"]).logits[:, 3:-1].flatten(0, 1)
+    assert wrapper.get_metrics()["avg_confidence"] == pytest.approx(logits.softmax(-1).amax(-1).mean().item(), rel=1e-4)
+    assert wrapper(batch["input_ids"], labels=None).loss is None
+
+
 def test_outside_training_it_is_the_model() -> None:
     model = model_of()
     wrapper = CGGRWrapper(model, warmup_steps=0).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -133,6 +134,42 @@ def test_no_label_at_all_gives_zero_and_no_nan() -> None:
     loss.backward()
     assert loss == 0
     assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+def test_no_item_in_the_whole_batch_gives_zero_and_no_nan() -> None:
+    model, batch = model_of(), batch_of("counted")
+    enable(model, 0.5)
+    batch["labels"].fill_(-100)
+    for items in (0, torch.tensor(0)):
+        assert model(**batch | {"num_items_in_batch": items}).loss == 0
+
+
+def test_labels_of_padding_at_the_end_count_as_the_model_counts_them() -> None:
+    model, batch = model_of(), batch_of("right padded")
+    batch["labels"] = batch["input_ids"]
+    enable(model, 0.5)
+    assert model(**batch).label_mask.all()
+
+
+def test_a_micro_batch_with_a_logit_that_is_no_number_adds_nothing_and_is_told() -> None:
+    model, batch = model_of(), batch_of()
+    enable(model, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    weight_VD = model.lm_head.weight.data
+    usual_V = weight_VD[:, 0].clone()
+    weight_VD[:, 0] = torch.inf
+    assert not model(**batch).loss.isfinite()
+    model(**batch).loss.backward()
+    assert_same(gradients(model), expected)
+    weight_VD[:, 0] = usual_V
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(40):
+            optimizer.step()
+            model(**batch).loss.backward()
+    assert ["NaN or infinite" in str(warning.message) for warning in told] == [True]
 
 
 def test_a_frozen_base_gets_no_gradients() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import warnings
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, batch_of, gradients, model_of, tokens_of
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 import pylon_trainer.huggingface as pylon
 from pylon_trainer.errors import ConfigError
@@ -22,6 +27,17 @@ def stranger() -> Any:
     )
 
 
+class Regularised(LlamaForCausalLM):
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        output = super().forward(*positional, **named)
+        output.loss = output.loss + 1
+        return output
+
+
+def regularised() -> Any:
+    return Regularised(model_of().config)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "named"),
     [
@@ -33,6 +49,8 @@ def stranger() -> Any:
             {},
             ["layer_types", "use_sliding_window=False"],
         ),
+        (regularised, {}, ["Regularised.forward", "LlamaForCausalLM"]),
+        (lambda: model_of(output_hidden_states=True), {}, ["config.output_hidden_states", "False"]),
         (model_of, {"token_ratio": 1.5}, ["token_ratio", "1.5"]),
         (model_of, {"strategy": "Hardest"}, ["strategy", "Hardest", "GradientNorm"]),
         (model_of, {"token_ration": 0.5}, ["token_ration", "unknown field"]),
@@ -94,15 +112,88 @@ def test_a_disabled_model_is_what_it_was(family: str) -> None:
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_somebody_elses_patch_stays() -> None:
-    model, batch = model_of(), batch_of()
+def test_somebody_elses_patch_is_refused_and_stays() -> None:
+    model = model_of()
     usual = model.forward
-    model.forward = lambda **named: usual(**named)
-    patched = model.forward
+    model.forward = patched = lambda **named: usual(**named)
+    with pytest.raises(ConfigError, match="before accelerate prepares the model"):
+        pylon.enable(model, **HALF)
+    assert model.forward is patched
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha: 5.0", "leave it out"]),
+        ({"n_gpu": 2}, ["n_gpu: 2", "DataParallel", "torchrun"]),
+    ],
+)
+def test_what_a_trainer_does_beside_the_model_is_refused_by_name(changes: dict[str, Any], named: list[str]) -> None:
+    usual = {"neftune_noise_alpha": None, "n_gpu": 1, "liger_kernel_config": None, "use_liger_kernel": False}
+    trainer = SimpleNamespace(
+        model=model_of(),
+        args=SimpleNamespace(**usual | changes),
+        add_callback=None,
+        compute_loss_func=None,
+        label_smoother=None,
+    )
+    with pytest.raises(ConfigError) as refusal:
+        pylon.enable(trainer, **HALF)
+    assert all(word in str(refusal.value) for word in named), refusal.value
+    assert "forward" not in vars(trainer.model)
+
+
+def test_trls_forward_is_stood_in_for_and_put_back() -> None:
+    def theirs(**named: Any) -> Any:
+        raise AssertionError(named)
+
+    theirs.__module__ = "trl.trainer.utils"
+    model, batch = model_of(), batch_of()
+    model.forward = theirs
     pylon.enable(model, **HALF)
     model(**batch).loss.backward()
     pylon.disable(model)
-    assert model.forward is patched
+    assert model.forward is theirs
+
+
+def test_disabling_minds_not_that_the_forward_is_gone() -> None:
+    model = model_of()
+    pylon.enable(model, **HALF)
+    del model.forward
+    pylon.disable(model)
+    assert model(**batch_of()).logits is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_gated_by_itself(copied: Any) -> None:
+    model, batch = model_of(), batch_of()
+    gated = pylon.enable(model, **HALF)
+    model(**batch).loss.backward()
+    model.zero_grad()
+    twin = copied(model)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    output = twin(**batch)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss.item(), 3.7612, rtol=1e-3, atol=0)  # log 43, as all tokens are alike to it
+    assert output.logits is None
+    assert gradients(twin)
+    assert not gradients(model)
+    torch.optim.SGD(twin.parameters(), lr=0.0).step()
+    assert gated.step == 0
+    assert copied(gated).step == 0  # with its model
+    pylon.disable(twin)
+    assert twin(**batch).logits is not None
+    assert model(**batch).logits is None
+
+
+def test_a_gated_model_that_nobody_holds_is_freed() -> None:
+    model = model_of()
+    pylon.enable(model, **HALF)
+    known = weakref.ref(model)
+    del model
+    gc.collect()
+    assert known() is None
 
 
 def test_evaluation_generation_and_calls_without_labels_are_the_models_own() -> None:
@@ -123,7 +214,7 @@ def test_evaluation_generation_and_calls_without_labels_are_the_models_own() -> 
 def test_positional_arguments_are_understood() -> None:
     model, batch = model_of(), batch_of()
     pylon.enable(model, **HALF)
-    (loss,) = model(batch["input_ids"], labels=batch["labels"], return_dict=False)[:1]
+    (loss,) = model(batch["input_ids"], labels=batch["labels"], return_dict=False)
     torch.testing.assert_close(loss, model(**batch).loss)
 
 
@@ -150,6 +241,7 @@ def test_training_past_the_gate_is_told() -> None:
     model, batch = model_of(), batch_of()
     usual = model.forward
     pylon.enable(model, **HALF)
+    model(batch["input_ids"])  # without labels nothing is asked of the gate
     model.forward = usual  # as TRL's trainers do when they are built
     model(**batch).loss.backward()
     with pytest.warns(UserWarning, match="another forward"):

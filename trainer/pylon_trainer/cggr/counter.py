@@ -19,14 +19,17 @@ class CountingModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._steps = 0
+        self._calls = 0
+        """Forward passes since the last step, where something is drawn for each."""
         self.register_buffer(self._count_name, torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_post_hook(_read_count)  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Count an optimizer step."""
         self._steps += 1
+        self._calls = 0
         getattr(self, self._count_name).add_(1)
 
 
 def _read_count(module: CountingModule, _: Any) -> None:
-    module._steps = int(getattr(module, module._count_name))
+    module._steps, module._calls = int(getattr(module, module._count_name)), 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from pylon_api.training import GatingSelection
 from pylon_trainer.cggr.counter import CountingModule
 from pylon_trainer.cggr.metrics import Metrics
 from pylon_trainer.cggr.options import gating_of
-from pylon_trainer.gating.gate import Gate, build_gate
+from pylon_trainer.gating.gate import Draws, Gate, build_gate
 from pylon_trainer.gating.ratio import PLAIN, rows_of
 from pylon_trainer.gating.scores import judge
 from pylon_trainer.gating.selection import Selection, all_rows, select
@@ -69,7 +68,6 @@ class CGGRLoss(CountingModule):
         self.num_strata, self.min_tokens_per_sequence = num_strata, min_tokens_per_sequence
         self.base_loss = base_loss
         self._seed = seed
-        self._draws = 0
         self._gate: Gate | None = None
         self._metrics: Metrics | None = None
 
@@ -83,6 +81,8 @@ class CGGRLoss(CountingModule):
         """
         if logits.shape[:-1] != targets.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)[:-1]}")
+        if not logits.numel():
+            raise ValueError(f"logits: shape {tuple(logits.shape)} holds nothing; leave empty batches out")
         if head_weight is not None and self.base_loss is not None:
             raise ValueError("head_weight: a base_loss of one's own needs logits; leave one of the two out")
         labels_BT = targets.reshape(-1, targets.shape[-1])
@@ -121,16 +121,14 @@ class CGGRLoss(CountingModule):
         if ratio == PLAIN:
             return all_rows(labelled_BT), ratio
         if self._gating.selection is GatingSelection.SEQUENCE_AWARE:
-            return self._choose_by_sequence(scores_N, labelled_BT, rows_of(ratio, len(scores_N))), ratio
+            return self._choose_by_sequence(scores_N, labelled_BT, rows_of(ratio, len(scores_N)), gate.draw()), ratio
         return gate.choose(scores_N, labelled_BT, ratio, gate.draw()), ratio
 
-    def _choose_by_sequence(self, scores_N: Tensor, labelled_BT: Tensor, rows: int) -> Selection:
+    def _choose_by_sequence(self, scores_N: Tensor, labelled_BT: Tensor, rows: int, draws: Draws) -> Selection:
         """First the minimum of every sequence, then the rest by score."""
-        self._draws += 1
-        start = float(np.random.default_rng([self._seed, self._steps, self._draws]).random())
         share = min(1.0, self.min_tokens_per_sequence * len(labelled_BT) / rows)
         gating = self._gating.model_copy(update={"sequence_share": share})
-        return select(gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=start)
+        return select(gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=draws.rows)
 
     def _weighted_sum(
         self, rows_NX: Tensor, labels_N: Tensor, selection: Selection, head_weight: Tensor | None, scores: Scores
@@ -142,6 +140,11 @@ class CGGRLoss(CountingModule):
         losses_K: Tensor
         if self.base_loss is not None:
             losses_K = self.base_loss(logits_KV, labels_K)
+            if losses_K.shape != labels_K.shape:
+                raise ValueError(
+                    f"base_loss: gives shape {tuple(losses_K.shape)} for {len(labels_K)} rows of logits, not one loss "
+                    "per row; use reduction='none'"
+                )
         else:
             losses_K = F.cross_entropy(logits_KV.float(), labels_K, ignore_index=IGNORED, reduction="none")
         return weights_K @ losses_K.float()

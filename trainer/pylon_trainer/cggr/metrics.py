@@ -24,16 +24,19 @@ class Metrics:
     """Of the tokens that were scored."""
 
     def read(self) -> dict[str, Any]:
-        """Plain numbers, the means over scored tokens. Waits for the device."""
-        scored = max(1, int((self.scores.confidence_N > 0).sum()))
-        entropy = float(self.scores.entropy_N.sum()) / scored
-        confidence = float(self.scores.confidence_N.sum()) / scored
+        """Plain numbers. Waits for the device."""
         return {
             "step": self.step,
             "token_ratio": self.ratio,
             "tokens_selected": int(self.selected.sum()),
             "tokens_total": int((self.labels_N != IGNORED).sum()),
-            "avg_confidence": confidence,
-            "avg_entropy": entropy,
-            "avg_difficulty": entropy - confidence,
+            **means(self.scores),
         }
+
+
+def means(scores: Scores) -> dict[str, float]:
+    """Over the tokens that were scored; those without a label have no confidence. Waits for the device."""
+    scored = max(1, int((scores.confidence_N > 0).sum()))
+    entropy = float(scores.entropy_N.sum()) / scored
+    confidence = float(scores.confidence_N.sum()) / scored
+    return {"avg_confidence": confidence, "avg_entropy": entropy, "avg_difficulty": entropy - confidence}

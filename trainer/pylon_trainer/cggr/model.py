@@ -2,13 +2,14 @@
 
 By sequences, a truncated router scores all of them and the model runs, forward and backward, on the chosen ones alone.
 By tokens, the model runs on all and goes back from the chosen tokens (huggingface/gated.py). A batch of one sequence is
-thinned by tokens in both, as there is nothing to choose among.
+thinned by tokens in both, as there is nothing to choose among; whole, where tokens cannot be chosen, as with dropout.
 
 Shapes: B sequences, T tokens, K chosen sequences, D hidden width; S tokens that the router looks at.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -16,19 +17,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.generic import TransformersKwargs
 
 from pylon_api.training import GatingEngine, GatingSelection
 from pylon_trainer.cggr.counter import CountingModule
 from pylon_trainer.cggr.metrics import Metrics
 from pylon_trainer.cggr.options import chosen, gating_of
 from pylon_trainer.cggr.router import TruncatedRouter, create_truncated_router
+from pylon_trainer.errors import ConfigError
 from pylon_trainer.gating.gate import Gate, build_gate
 from pylon_trainer.gating.ratio import PLAIN
 from pylon_trainer.gating.scores import judge
 from pylon_trainer.gating.selection import all_rows
 from pylon_trainer.huggingface.detour import Collect, detour
-from pylon_trainer.huggingface.families import family_of, layers_of
+from pylon_trainer.huggingface.families import check, check_ends, family_of, layers_of
 from pylon_trainer.huggingface.gated import GatedModel
+from pylon_trainer.huggingface.request import divisor_of
 from pylon_trainer.kernels import head
 from pylon_trainer.kernels.score import Scores, score
 from pylon_trainer.step import IGNORED
@@ -80,8 +84,23 @@ class CGGRModel(CountingModule):
         # In a tuple, where torch does not look for modules: a router owns nothing of its own.
         self._router = (router or create_truncated_router(model, max(1, layers // 4)),)
         self._seed = seed
-        self._by_tokens = GatedModel(model, gating.model_copy(update={"engine": GatingEngine.SINGLE_PASS}), seed)
         self._metrics: Metrics | None = None
+        names = inspect.signature(type(model).forward).parameters.keys() | TransformersKwargs.__annotations__.keys()
+        self._argument_names = names - {"self", "kwargs"}
+        (check if self.granularity == "token" else check_ends)(model)
+
+    @cached_property
+    def _by_tokens(self) -> GatedModel:
+        gating = self._gating.model_copy(update={"engine": GatingEngine.SINGLE_PASS})
+        return GatedModel(self.model, gating, self._seed)
+
+    @cached_property
+    def _can_choose_tokens(self) -> bool:
+        try:
+            check(self.model)
+        except ConfigError:
+            return False
+        return True
 
     @cached_property
     def _gate(self) -> Gate:
@@ -93,12 +112,19 @@ class CGGRModel(CountingModule):
 
         labels: B x T, not shifted, -100 for none. arguments: the model's own; those with one entry per sequence follow
         the chosen sequences. In evaluation mode the loss is that of all tokens.
+
+        Raises ValueError when shapes do not fit, ConfigError for arguments that the model does not have.
         """
+        unknown = sorted(arguments.keys() - self._argument_names)
+        if unknown:
+            raise ConfigError(f"{unknown[0]}: {type(self.model).__name__} takes no such argument; leave it out")
         if labels is None:
             return self.model(input_ids, **arguments)
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
         if not self.training:
             return self.model(input_ids, labels=labels, **arguments).loss
-        if self.granularity == "token" or len(input_ids) == 1:
+        if self.granularity == "token" or (len(input_ids) == 1 and self._can_choose_tokens):
             return self._loss_by_tokens(input_ids, labels, arguments)
         return self._loss_by_sequences(input_ids, labels, arguments)
 
@@ -128,6 +154,7 @@ class CGGRModel(CountingModule):
         if ratio == PLAIN and not self._gate.needs_scores:
             loss: Tensor = self.model(input_ids, labels=labels_BT, **arguments).loss
             return loss
+        items = arguments.pop("num_items_in_batch", None)
         labels_BT = _shifted(labels_BT)
         labelled_BT = labels_BT != IGNORED
         scores, scores_B, norms_B = self._score(input_ids, labels_BT, arguments)
@@ -141,8 +168,7 @@ class CGGRModel(CountingModule):
         self._metrics = Metrics(self._steps, ratio, labelled_BT[rows_K], labels_BT, scores)
         weighted_sum = self._run(rows_K, weights_K, input_ids, labels_BT, arguments)
         is_biased = self._gating.selection is GatingSelection.TOP
-        divisor = (labelled_BT[rows_K] if is_biased else labelled_BT).sum()
-        return weighted_sum / divisor.clamp_min(1)
+        return weighted_sum / divisor_of(items, labelled_BT[rows_K] if is_biased else labelled_BT)
 
     @torch.no_grad()
     def _score(self, input_ids: Tensor, labels_BT: Tensor, arguments: dict[str, Any]) -> tuple[Scores, Tensor, Tensor]:
@@ -190,9 +216,13 @@ def _weighted_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weigh
     found = head.loss_gradients(hidden_ND, weight_VD, labels_N, weights_N, wants_weight=weight_VD.requires_grad)
 
     def way_back(gradient: Tensor, collect: Collect) -> None:
-        collect(hidden_ND, found.d_hidden_KH * gradient)
+        def keep(x: Tensor, d_x: Tensor) -> None:
+            # As in huggingface/gated.py: a logit that is no number adds nothing.
+            collect(x, torch.where(found.nonfinite_rows == 0, d_x * gradient, 0))
+
+        keep(hidden_ND, found.d_hidden_KH)
         if found.d_weight_VH is not None:
-            collect(weight_VD, found.d_weight_VH * gradient)
+            keep(weight_VD, found.d_weight_VH)
 
     return detour(weights_N @ found.losses_K, way_back, [hidden_ND, weight_VD])
 

@@ -63,13 +63,19 @@ def gating_of(
     follows = dynamic_threshold and selection != "fixed_quota"
     if not 0 <= threshold_sensitivity < 1:
         raise ValueError(f"threshold_sensitivity: {threshold_sensitivity} is not in [0, 1); 0 keeps the ratio fixed")
+    if not 0 < min_tokens_ratio <= 1:
+        raise ValueError(f"min_tokens_ratio: {min_tokens_ratio} is not in (0, 1]; 1 leaves no token out")
+    if not 1 <= num_strata <= 64:
+        raise ValueError(f"num_strata: {num_strata} is not in [1, 64]; 1 draws all tokens alike")
     strategy = chosen("scoring", scoring, SCORINGS)
     rule = chosen("selection", selection, SELECTIONS)
+    if rule is GatingSelection.STRATIFIED and num_strata == 1:
+        strategy = GatingStrategy.RANDOM  # in a single stratum no token is likelier than another
     try:
         return GatingSpec(
             strategy=strategy,
             selection=rule,
-            strata=num_strata,
+            strata=max(2, num_strata),
             sequence_share=sequence_share,
             ratio_control=RatioControl.GRADIENT_MASS if follows else RatioControl.FIXED,
             fallback=GatingFallback.NEVER,

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pylon_api.training import GatingEngine, GatingSpec, GatingStrategy
 from pylon_trainer.cggr.counter import CountingModule
+from pylon_trainer.cggr.metrics import means
 from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.gradients import Sink
 from pylon_trainer.gating.scores import judge
@@ -28,7 +29,7 @@ from pylon_trainer.gating.selection import order
 from pylon_trainer.huggingface.detour import detour
 from pylon_trainer.huggingface.engine import ModelEngine
 from pylon_trainer.huggingface.families import check
-from pylon_trainer.huggingface.request import Request, read
+from pylon_trainer.huggingface.request import Request, has_labels, read
 from pylon_trainer.kernels.score import Scores, score
 from pylon_trainer.step import IGNORED
 
@@ -59,7 +60,6 @@ class CGGRWrapper(CountingModule):
         self.model = model
         self.num_buckets, self.warmup_steps, self.leak_rate = num_buckets, warmup_steps, leak_rate
         self._seed = seed
-        self._calls = 0
         gating = GatingSpec(strategy=GatingStrategy.DIFFICULTY, engine=GatingEngine.SINGLE_PASS)
         self._engine = ModelEngine(model, gating)
         self._scores: Scores | None = None
@@ -83,14 +83,13 @@ class CGGRWrapper(CountingModule):
         self._scores = None
         if not (self.training and torch.is_grad_enabled() and self.opened):
             return self.model(*positional, **named)
-        return self._routed(read(arguments, self._engine.trunk.window), has_labels="labels" in arguments)
+        return self._routed(read(arguments, self._engine.trunk.window), has_labels(arguments))
 
     def get_metrics(self) -> dict[str, Any]:
         """Figures of the last forward pass. Waits for the device."""
         figures: dict[str, Any] = {"step": self._steps, "routing_active": self._scores is not None}
         if self._scores is not None:
-            figures["avg_confidence"] = float(self._scores.confidence_N.mean())
-            figures["avg_entropy"] = float(self._scores.entropy_N.mean())
+            figures |= means(self._scores)
         return figures
 
     @property
@@ -98,7 +97,7 @@ class CGGRWrapper(CountingModule):
         """As get_metrics()."""
         return self.get_metrics()
 
-    def _routed(self, request: Request, has_labels: bool) -> CausalLMOutputWithPast:
+    def _routed(self, request: Request, is_labelled: bool) -> CausalLMOutputWithPast:
         labels_BT = request.batch.labels_BT
         hidden_ND, back = self._engine.forward(request)
         self._calls += 1
@@ -111,17 +110,15 @@ class CGGRWrapper(CountingModule):
 
         routed_ND = detour(hidden_ND, way_back, self._engine.trainable())
         logits_NV = F.linear(routed_ND, self._engine.trunk.head_weight)
-        ranks_N = self._ranks(logits_NV, labels_BT.flatten(), has_labels)
+        ranks_N = self._ranks(logits_NV, labels_BT.flatten(), is_labelled)
         loss = None
-        if has_labels:
-            items = (labels_BT != IGNORED).sum().clamp_min(1) if request.items is None else request.items
-            loss = (
-                F.cross_entropy(logits_NV.float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum") / items
-            )
+        if is_labelled:
+            loss_sum = F.cross_entropy(logits_NV.float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = loss_sum / request.divisor
         return CausalLMOutputWithPast(loss=loss, logits=logits_NV.view(*labels_BT.shape, -1))
 
-    def _ranks(self, logits_NV: Tensor, labels_N: Tensor, has_labels: bool) -> Tensor:
+    def _ranks(self, logits_NV: Tensor, labels_N: Tensor, is_labelled: bool) -> Tensor:
         """Of every token by difficulty, 0 the hardest; tokens known to have no label come last."""
-        labelled_N = (labels_N != IGNORED) | (not has_labels)
+        labelled_N = (labels_N != IGNORED) | (not is_labelled)
         self._scores = score(logits_NV, labels_N.where(labels_N != IGNORED, 0).where(labelled_N, IGNORED))
         return order(judge(GatingStrategy.DIFFICULTY, self._scores), labelled_N).argsort()

@@ -42,24 +42,42 @@ FAMILIES = {
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model's class or of a class that it derives from. Raises ConfigError when there is none."""
+    return FAMILIES[_class_of(model).__name__]
+
+
+def _class_of(model: nn.Module) -> type:
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
+            return cls
     raise ConfigError(f"model class {type(model).__name__} is not supported; supported are {', '.join(FAMILIES)}")
+
+
+def check_ends(model: nn.Module) -> None:
+    """Raises ConfigError for a forward or a head that is not the family's: a loss from hidden states skips them."""
+    cls = _class_of(model)
+    if type(model).forward is not cls.forward:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{type(model).__name__}.forward: a gated step would leave out what it adds to {cls.__name__}.forward; "
+            f"train a {cls.__name__}, and add the rest outside the model"
+        )
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(f"output head {type(head).__name__}: only a Linear without bias and adapter is supported")
 
 
 def check(model: nn.Module) -> None:
     """Raises ConfigError for what a gated step would compute differently from the model."""
-    family = family_of(model)
+    check_ends(model)
+    family, config = family_of(model), model.config
+    for option in ("output_hidden_states", "output_attentions"):
+        if getattr(config, option, False):
+            raise ConfigError(f"config.{option}: a gated step has none to give; set it to False")
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ConfigError(f"{name}: dropout {module.p} cannot be repeated on chosen rows; set it to 0")
         dropout = getattr(module, "attention_dropout", 0.0)
         if isinstance(dropout, float) and dropout > 0:
             raise ConfigError(f"{name}.attention_dropout: {dropout} cannot be repeated on chosen rows; set it to 0")
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ConfigError(f"output head {type(head).__name__}: only a Linear without bias and adapter is supported")
     windows = {window_of(layer) for layer in layers_of(model, family)}
     if len(windows) > 1:
         raise ConfigError(

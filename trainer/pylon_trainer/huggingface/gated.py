@@ -11,13 +11,15 @@ Shapes: B sequences, T tokens, N = B * T, K chosen rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pylon_api.run import GateReport
@@ -32,7 +34,7 @@ from pylon_trainer.gating.selection import Selection, all_rows
 from pylon_trainer.huggingface.detour import detour
 from pylon_trainer.huggingface.engine import ModelEngine
 from pylon_trainer.huggingface.families import check
-from pylon_trainer.huggingface.request import Request, read
+from pylon_trainer.huggingface.request import Request, has_labels, read
 from pylon_trainer.kernels.score import Scores
 from pylon_trainer.step import IGNORED
 
@@ -59,7 +61,7 @@ class GatedModel:
         self.step = 0
         """Optimizer steps so far."""
         self.calls = 0
-        """Calls of `forward`: none while training tells that another forward has taken its place."""
+        """Training calls with labels: none while training tells that another forward has taken its place."""
         self.is_enabled = True
         self.last: tuple[Scores, Selection] | None = None
         """What the last forward pass saw and chose; None when it was the model's own."""
@@ -67,8 +69,16 @@ class GatedModel:
         self._gating = gating
         self._usual = model.forward
         self._argument_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-        self._engine = ModelEngine(model, gating)
         self._seed = seed
+        self._is_nonfinite_told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to a device and a process is built again: a copy of the model measures anew.
+        return {name: x for name, x in vars(self).items() if name not in ("_gate", "_engine")} | {"last": None}
+
+    @cached_property
+    def _engine(self) -> ModelEngine:
+        return ModelEngine(self._model, self._gating)
 
     @cached_property
     def _gate(self) -> Gate:
@@ -85,6 +95,30 @@ class GatedModel:
         figures = {"gate_ratio": report.ratio, "gate_retained_mass": report.retained_mass}
         return {name: figure for name, figure in figures.items() if figure is not None}
 
+    def is_trained_by(self, stepped: Container[int]) -> bool:
+        """Whether it is enabled and the first parameter that trains is among those with these ids."""
+        first = next((parameter for parameter in self._model.parameters() if parameter.requires_grad), None)
+        return self.is_enabled and first is not None and id(first) in stepped
+
+    def count(self) -> None:
+        """The optimizer has made a step. Warns when the gate is passed by, and once when logits are no numbers."""
+        name = type(self._model).__name__
+        if not self.calls:
+            warnings.warn(
+                f"{name} is trained, but its gate was never asked for a loss: another forward has taken its place, or "
+                "labels do not reach it; call enable() after whatever replaces it, with the trainer itself where there "
+                "is one",
+                stacklevel=2,
+            )
+        elif not self._is_nonfinite_told and self.report().nonfinite_steps:
+            self._is_nonfinite_told = True
+            warnings.warn(
+                f"{name}: some logits are NaN or infinite; gated micro-batches with such a logit add no gradient. "
+                "Lower the learning rate or train in bfloat16",
+                stacklevel=2,
+            )
+        self.step += 1
+
     def forward(self, *positional: Any, **named: Any) -> Any:
         """What the model's own forward gives, with its gradient spent on the rows that the gate chooses."""
         arguments = dict(zip(self._argument_names, positional, strict=False)) | named
@@ -97,30 +131,30 @@ class GatedModel:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _ratio(self, arguments: Mapping[str, Any]) -> float | None:
         """Share of the tokens whose gradient is wanted; None when the model's own forward is to run."""
-        self.calls += 1
         self.last = None
-        has_labels = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
-        if not (self.is_enabled and has_labels and self._model.training and torch.is_grad_enabled()):
+        if not (self.is_enabled and has_labels(arguments) and self._model.training and torch.is_grad_enabled()):
             return None
+        self.calls += 1
         ratio = self._gate.begin(self.step)
         return None if ratio == PLAIN and not self._gate.needs_scores else ratio
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _answer(self, arguments: Mapping[str, Any], ratio: float) -> GatedOutput | tuple[Any, ...]:
+    def _answer(self, arguments: Mapping[str, Any], ratio: float) -> GatedOutput | tuple[Tensor]:
         request = read(arguments, self._engine.trunk.window)
         labels_BT = request.batch.labels_BT
         labelled_BT = labels_BT != IGNORED
         losses_N, scores = self._losses(request, labelled_BT, ratio)
-        items = labelled_BT.sum().clamp_min(1) if request.items is None else request.items
+        loss = losses_N.sum() / request.divisor
+        if arguments.get("return_dict") is False:
+            return (loss,)
         is_top1_N = scores.loss_N.neg().exp() >= scores.confidence_N
-        output = GatedOutput(
-            loss=losses_N.sum() / items,
+        return GatedOutput(
+            loss=loss,
             log_probs=-losses_N.view_as(labels_BT)[:, :-1],
             entropy=scores.entropy_N.view_as(labels_BT)[:, :-1],
             is_top1=(is_top1_N.view_as(labels_BT) & labelled_BT)[:, :-1],
             label_mask=labelled_BT[:, :-1],
         )
-        return output.to_tuple() if arguments.get("return_dict") is False else output
 
     def _losses(self, request: Request, labelled_BT: Tensor, ratio: float) -> tuple[Tensor, Scores]:
         """Losses of all tokens, whose gradients come from the rows that the gate chooses."""
@@ -133,10 +167,14 @@ class GatedModel:
         rows_K, weights_K = selection
 
         def way_back(gradient_N: Tensor, sink: Sink) -> None:
+            def keep(parameter: Parameter, gradient: Tensor) -> None:
+                # A logit that is no number makes all gradients NaN, and a trainer's step would take them.
+                sink(parameter, torch.where(scores.nonfinite_rows == 0, gradient, 0))
+
             # What the loss was divided or multiplied by is in the gradient.
             weighted_K = weights_K * gradient_N[rows_K]
-            result = head.backward(hidden_ND[rows_K], labels_N[rows_K], weighted_K, 1, sink, scores.take(rows_K))
-            back(rows_K, result.gradient_KD, sink, depth)
+            result = head.backward(hidden_ND[rows_K], labels_N[rows_K], weighted_K, 1, keep, scores.take(rows_K))
+            back(rows_K, result.gradient_KD, keep, depth)
 
         return detour(scores.loss_N, way_back, self._engine.trainable()), scores
 

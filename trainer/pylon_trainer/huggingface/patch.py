@@ -1,13 +1,14 @@
 """Patch: puts a gated forward in the place of a model's own, and takes it out again.
 
-The patch is one attribute of the model instance. It adds no module and no parameter, so checkpoints keep their keys.
+The patch is two attributes of the model instance. It adds no module and no parameter, so checkpoints keep their keys.
+A copy of a gated model, by `copy.deepcopy` or pickle, is gated as well and counts its own steps.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,13 +22,13 @@ from pylon_trainer.errors import ConfigError
 from pylon_trainer.huggingface.gated import GatedModel
 
 _PLACE = "_pylon"
-"""Attribute of a model under which its gate is found."""
+"""Attribute of a model under which its patch is found."""
 
 
 def enable(model_or_trainer: Any, *, seed: int = 0, **options: Any) -> GatedModel:
     """Gate the training steps of a model, or of a trainer's model. Returns the gate; its `report()` tells what it does.
 
-    options: fields of `spec.training.gating` in snake_case (docs/reference of GatingSpec), such as target_mass=0.9 or
+    options: fields of `spec.training.gating` in snake_case (docs/api.md), such as target_mass=0.9 or
     ratio_control="Fixed", token_ratio=0.25. Unless said otherwise the strategy is GradientNorm and the engine
     SinglePass. seed: of the draws.
 
@@ -41,16 +42,17 @@ def enable(model_or_trainer: Any, *, seed: int = 0, **options: Any) -> GatedMode
         raise ConfigError(f"{type(model).__name__}: gating is enabled already; call disable() first")
     if trainer is not None:
         _check_trainer(trainer)
-    gated = GatedModel(model, _spec(options), seed)
-
-    @functools.wraps(model.forward)
-    def forward(*positional: Any, **named: Any) -> Any:
-        return gated.forward(*positional, **named)
-
     previous = vars(model).get("forward")
-    model.forward = forward
-    hook = register_optimizer_step_post_hook(functools.partial(_count, gated, model))
-    setattr(model, _PLACE, (gated, hook, forward, previous))
+    # TRL's trainers replace the forward when they are built, and read its output as GatedOutput has it.
+    if previous is not None and not (getattr(previous, "__module__", None) or "").startswith("trl."):
+        raise ConfigError(
+            f"{type(model).__name__}.forward: something has replaced it on this model, and the gate would leave that "
+            "out; call enable() before accelerate prepares the model, or take the other patch out"
+        )
+    gated = GatedModel(model, _spec(options), seed)
+    model.forward = _GatedForward(gated, model.forward, previous)
+    setattr(model, _PLACE, model.forward)
+    _count_steps()
     if trainer is not None:
         # First, so that those who report what is logged see its figures.
         trainer.callback_handler.callbacks.insert(0, _Follow(gated))
@@ -62,16 +64,43 @@ def disable(model_or_trainer: Any) -> None:
     model = _inner(model_or_trainer)
     if not hasattr(model, _PLACE):
         return
-    gated, hook, forward, previous = getattr(model, _PLACE)
-    gated.is_enabled = False  # for whoever has wrapped the forward since
-    hook.remove()
+    patch: _GatedForward = getattr(model, _PLACE)
+    patch.gated.is_enabled = False  # for whoever has wrapped the forward since
     delattr(model, _PLACE)
-    if vars(model)["forward"] is forward:
+    if vars(model).get("forward") is patch:
         del model.forward
-        if previous is not None:  # somebody else's patch
-            model.forward = previous
+        if patch.previous is not None:
+            model.forward = patch.previous
     if hasattr(model_or_trainer, "add_callback"):
         model_or_trainer.remove_callback(_Follow)
+
+
+class _GatedForward:
+    """The forward on a model instance. A class, so that a copy of the model takes a gate of its own along, and not a
+    function that still runs the original."""
+
+    def __init__(self, gated: GatedModel, usual: Callable[..., Any], previous: Callable[..., Any] | None) -> None:
+        """previous: what was on the instance before, if anything."""
+        functools.update_wrapper(self, usual)  # trainers read the signature
+        self.gated, self.previous = gated, previous
+        _PATCHES.add(self)
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return self.gated.forward(*positional, **named)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _PATCHES.add(self)
+
+
+_PATCHES: weakref.WeakSet[_GatedForward] = weakref.WeakSet()
+"""Whose steps are counted, for as long as their models live."""
+
+
+@functools.cache
+def _count_steps() -> None:
+    """From now on; once in a process."""
+    register_optimizer_step_post_hook(_count)
 
 
 class _Follow(TrainerCallback):
@@ -116,6 +145,15 @@ def _check_trainer(trainer: Any) -> None:
         raise ConfigError(
             "compute_loss_func, label_smoothing_factor: a loss outside the model needs all logits; leave both out"
         )
+    if getattr(trainer.args, "neftune_noise_alpha", None) is not None:
+        raise ConfigError(
+            f"neftune_noise_alpha: {trainer.args.neftune_noise_alpha} cannot be repeated on chosen rows; leave it out"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ConfigError(
+            f"n_gpu: {trainer.args.n_gpu} in one process run under DataParallel, whose copies have no gate; start one "
+            "process per GPU with torchrun, or make one visible by CUDA_VISIBLE_DEVICES"
+        )
     liger = trainer.args.liger_kernel_config or {}
     if trainer.args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
         raise ConfigError(
@@ -124,14 +162,9 @@ def _check_trainer(trainer: Any) -> None:
         )
 
 
-def _count(gated: GatedModel, model: Any, optimizer: Optimizer, *_: Any) -> None:
-    """After an optimizer's step: one step more for the gate, if it was a step of its model."""
-    first = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
-    if any(parameter is first for group in optimizer.param_groups for parameter in group["params"]):
-        if not gated.calls:
-            warnings.warn(
-                f"{type(model).__name__} is trained, but its gate was never asked: another forward has taken its "
-                "place; call enable() after whatever replaces it, with the trainer itself where there is one",
-                stacklevel=2,
-            )
-        gated.step += 1
+def _count(optimizer: Optimizer, *_: Any) -> None:
+    """After an optimizer's step: one step more for the gates of its models."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for patch in _PATCHES:
+        if patch.gated.is_trained_by(stepped):
+            patch.gated.count()

@@ -42,7 +42,24 @@ class Request:
     starts_BT: Tensor | None
     """int64: first place of its sequence that each token may see; None is 0."""
     items: Tensor | int | None
-    """What the sum of losses is divided by; None is the number of labels."""
+    """Labelled tokens of all micro-batches of a step; None: of this call."""
+
+    @property
+    def divisor(self) -> Tensor | int:
+        """What the sum of losses is divided by."""
+        return divisor_of(self.items, self.batch.labels_BT != IGNORED)
+
+
+def divisor_of(items: Tensor | int | None, labelled: Tensor) -> Tensor | int:
+    """`num_items_in_batch` where it is given, else the number of labelled tokens, and never 0."""
+    if items is None:
+        items = labelled.sum()
+    return items.to(labelled.device).clamp_min(1) if isinstance(items, Tensor) else max(1, items)
+
+
+def has_labels(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call asks for a loss."""
+    return arguments.get("labels") is not None or arguments.get("shift_labels") is not None
 
 
 def read(arguments: Mapping[str, Any], window: int | None) -> Request:
@@ -67,7 +84,7 @@ def read(arguments: Mapping[str, Any], window: int | None) -> Request:
     starts_BT = first_places(tokens_BT, mask_BT, positions_BT, window)
     if mask_BT is not None:
         # Padding before a sequence has no context to predict its first token from.
-        shifted_BT = shifted_BT.masked_fill(mask_BT == 0, IGNORED)
+        shifted_BT = shifted_BT.masked_fill(mask_BT.cumsum(-1) == 0, IGNORED)
     if positions_BT is None:
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
     return Request(Batch(tokens_BT, shifted_BT.to(tokens_BT.device)), positions_BT, starts_BT, items)
