@@ -254,10 +254,22 @@ def test_depth_tiers_go_by_score_and_open_over_the_warm_up(
 ) -> None:
     gate = Life.of(**{"engine": "SinglePass", "depth_buckets": 4, "leak_rate": 0.25, **gating}).gate
     gate.begin(step)
-    depth = gate.depth(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3]), torch.tensor([0, 1, 3, 4]), gate.draw())
+    scores_N, labelled_N = torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3]), torch.ones(5, dtype=torch.bool)
+    depth = gate.depth(scores_N, labelled_N, torch.tensor([0, 1, 3, 4]), gate.draw())
     assert (depth.opened if depth else None) == opened
     if depth is not None:
         assert (depth.ranks_K.tolist(), depth.buckets, depth.leak_rate) == ([3, 0, 1, 2], 4, 0.25)
+
+
+def test_rows_without_a_label_rank_last_however_high_their_scores() -> None:
+    gate = Life.of(engine="SinglePass", depth_buckets=2).gate
+    gate.begin(0)
+    scores_N, labelled_BT = torch.tensor([9.0, 0.2, 9.0, 0.5, 9.0]), torch.tensor([[False, True, False, True, False]])
+    rows_K = gate.choose(scores_N, labelled_BT, 0.8, gate.draw()).rows_K
+    depth = gate.depth(scores_N, labelled_BT.flatten(), rows_K, gate.draw())
+    assert len(rows_K) == 4
+    assert depth is not None
+    assert {int(row): int(rank) for row, rank in zip(rows_K, depth.ranks_K, strict=True) if row in (1, 3)} == {1: 1, 3: 0}
 
 
 @pytest.mark.gpu
@@ -278,7 +290,8 @@ def test_on_a_gpu_nothing_waits_and_the_gate_decides_by_its_own_clock(selection:
         gate.count_nonfinite(nonfinite_rows)
         gate.observe(norms_N, norms_N, labelled_BT, nonfinite_rows)
         if ratio < PLAIN:
-            gate.depth(norms_N, gate.choose(norms_N, labelled_BT, ratio, gate.draw()).rows_K, gate.draw())
+            rows_K = gate.choose(norms_N, labelled_BT, ratio, gate.draw()).rows_K
+            gate.depth(norms_N, labelled_BT.flatten(), rows_K, gate.draw())
         for _ in range(round(100 * ratio)):
             work @ work
 

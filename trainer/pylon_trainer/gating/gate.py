@@ -111,12 +111,13 @@ class Gate:
         rows = rows_of(ratio, len(scores_N))
         return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=draws.rows)
 
-    def depth(self, scores_N: Tensor, rows_K: Tensor, draws: Draws) -> Depth | None:
-        """How far the gradient of each chosen row goes back; None when all go to the bottom."""
+    def depth(self, scores_N: Tensor, labelled_N: Tensor, rows_K: Tensor, draws: Draws) -> Depth | None:
+        """How far the gradient of each chosen row goes back; None when all go to the bottom. Rows without a label, which
+        fill up what labels are too few for, rank last."""
         opened = self.opened_tiers
         if opened == 0:
             return None
-        ranks_K = order(scores_N[rows_K], torch.ones_like(rows_K, dtype=torch.bool)).argsort()
+        ranks_K = order(scores_N[rows_K], labelled_N[rows_K]).argsort()
         return Depth(ranks_K, self._gating.depth_buckets, opened, self._gating.leak_rate, draws.leaks)
 
     def report(self) -> GateReport:

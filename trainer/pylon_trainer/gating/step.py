@@ -149,7 +149,7 @@ class GatedStep(PlainStep):
         result_K = head.backward(
             hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens, accumulate, scores.take(rows_K)
         )
-        back(rows_K, result_K.gradient_KD, accumulate, self._gate.depth(scores_N, rows_K, draws))
+        back(rows_K, result_K.gradient_KD, accumulate, self._gate.depth(scores_N, labelled_BT.flatten(), rows_K, draws))
         tokens = labelled_BT.sum()
         loss_sum = scores.loss_N.sum() * poison(scores.nonfinite_rows)
         result = StepResult(
