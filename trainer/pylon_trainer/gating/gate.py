@@ -94,8 +94,8 @@ class Gate:
         self._measurement.count_nonfinite(self._step, rows)
 
     def draw(self) -> Draws:
-        """The random numbers of this micro-batch."""
-        return Draws(*(float(self._generator(purpose).random()) for purpose in Draws._fields))
+        """The random numbers of this micro-batch: multiples of 2^-32, so that no sum with a row's number rounds up."""
+        return Draws(*(int(self._generator(purpose).integers(2**32)) / 2**32 for purpose in Draws._fields))
 
     @property
     def opened_tiers(self) -> int:
@@ -112,8 +112,8 @@ class Gate:
         return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=draws.rows)
 
     def depth(self, scores_N: Tensor, labelled_N: Tensor, rows_K: Tensor, draws: Draws) -> Depth | None:
-        """How far the gradient of each chosen row goes back; None when all go to the bottom. Rows without a label, which
-        fill up what labels are too few for, rank last."""
+        """How far the gradient of each chosen row goes back; None when all go to the bottom. Rows without a label,
+        which fill up what labels are too few for, rank last."""
         opened = self.opened_tiers
         if opened == 0:
             return None
