@@ -105,6 +105,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
         "spec.training.gating.finalTokenRatio": 0.25,
     },
     "spec.training.gating.maximumTokenRatio": {"spec.training.gating.minimumTokenRatio": 1e-9},
+    "spec.training.gating.kvGradient": {"spec.training.gating.engine": "SinglePass"},
+    "spec.training.gating.rowActivations": {"spec.training.gating.engine": "SinglePass"},
     "spec.training.gating.depthBuckets": {"spec.training.gating.engine": "SinglePass"},
     "spec.training.gating.leakRate": {
         "spec.training.gating.engine": "SinglePass",

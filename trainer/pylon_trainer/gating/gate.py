@@ -123,11 +123,10 @@ class Gate:
     def report(self) -> GateReport:
         """What the gate is doing, from figures that have reached the host already; the same on every rank."""
         ratio, is_plain, belief = self._ratio, self._ratio == PLAIN, self._belief
-        is_warming_up = self._step < self._gating.warmup_steps
         worth = self._control.worth(belief, ratio) if ratio in belief.share else None
         return GateReport(
             decision=GateDecision.PLAIN if is_plain else GateDecision.GATED,
-            reason=f"warm-up, ratio {ratio:g}" if is_warming_up else belief.reason,
+            reason=self._reason(),
             ratio=ratio,
             retained_mass=belief.mass.get(ratio),
             effective_token_share=1.0 if is_plain else worth,
@@ -148,6 +147,15 @@ class Gate:
             return
         self._belief = Belief.from_state(state["belief"])
         self._measurement.load_state_dict(state["measurement"], rank=self._rank)
+
+    def _reason(self) -> str:
+        gating = self._gating
+        if self._step < gating.warmup_steps:
+            return f"warm-up, ratio {self._ratio:g}"
+        if gating.final_token_ratio is not None:
+            ends = f"from {gating.token_ratio:g} to {gating.final_token_ratio:g}"
+            return f"ratioControl Fixed, falling {ends} over {gating.decay_steps} steps"
+        return self._belief.reason
 
     def _generator(self, purpose: str) -> np.random.Generator:
         """Random numbers of this micro-batch, others for every purpose."""

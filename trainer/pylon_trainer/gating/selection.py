@@ -22,7 +22,8 @@ from torch import Tensor
 from pylon_api.training import GatingSelection, GatingSpec
 
 SCORE_FLOOR = 0.1
-"""Least score that a rule uses, as a share of the mean score: no weight exceeds ten times the uniform one."""
+"""Least score that a rule uses, as a share of the mean score. It raises the mean by a tenth at most, so no weight
+exceeds eleven times that of a uniform draw; one from the token's own sequence where quotas are dealt out."""
 
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From scores B x T, labelled B x T and numbers of rows R to float64 probabilities R x N, none above 1, that add up to
@@ -122,22 +123,27 @@ def stratified(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, strata
 def sequence_aware(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, share: float) -> Tensor:
     """First an equal quota for every sequence, as far as its labels go, then the rest by score; `share` of the rows
     make up the quotas."""
-    scores_BT, room_BT = floored(scores_BT, labelled_BT), labelled_BT.double()
+    room_BT = labelled_BT.double()
     sequences, lines = len(scores_BT), len(rows_R)
     quota_R = (rows_R * share / sequences).long()
     quota_RB = torch.minimum(quota_R[:, None], labelled_BT.sum(1))
-    even_RBT = fill(scores_BT.expand(lines, -1, -1), room_BT.expand(lines, -1, -1), quota_RB)
+    # By the sequence's own floor: a quota is dealt out within it, so that of all would not bound its weights.
+    own_BT = floored(scores_BT, labelled_BT, by_sequence=True)
+    even_RBT = fill(own_BT.expand(lines, -1, -1), room_BT.expand(lines, -1, -1), quota_RB)
     even_RN = even_RBT.flatten(1)
     budget_R = rows_R.clamp_max(labelled_BT.sum()) - quota_RB.sum(1)
-    return even_RN + fill(scores_BT.flatten().expand(lines, -1), room_BT.flatten() - even_RN, budget_R)
+    scores_N = floored(scores_BT, labelled_BT).flatten()
+    return even_RN + fill(scores_N.expand(lines, -1), room_BT.flatten() - even_RN, budget_R)
 
 
-def floored(scores_BT: Tensor, labelled_BT: Tensor) -> Tensor:
-    """float64 scores, positive where there is a label and 0 elsewhere. One that is not finite, or negative, counts as
+def floored(scores_BT: Tensor, labelled_BT: Tensor, *, by_sequence: bool = False) -> Tensor:
+    """float64 scores, positive where there is a label and 0 elsewhere, none far below the mean of all or of its
+    sequence. One that is not finite, or negative, counts as
     0: a step with the former will be skipped, but not before all shapes have been gone through."""
     scores_BT = torch.where(labelled_BT & scores_BT.isfinite(), scores_BT.double().clamp_min(0), 0.0)
-    floor = SCORE_FLOOR * scores_BT.sum() / labelled_BT.sum().clamp_min(1)
-    return torch.where(labelled_BT, scores_BT.clamp_min(floor) + 1e-9, 0.0)
+    over = 1 if by_sequence else (0, 1)
+    floor_B1 = SCORE_FLOOR * scores_BT.sum(over, keepdim=True) / labelled_BT.sum(over, keepdim=True).clamp_min(1)
+    return torch.where(labelled_BT, scores_BT.clamp_min(floor_B1) + 1e-9, 0.0)
 
 
 def order(scores_N: Tensor, labelled_N: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class SequenceStep(GatedStep):
         if ratio < PLAIN and rows_of(ratio, self._sequences) == self._sequences:
             raise ConfigError(
                 f"training.gating.{field} {ratio:g} leaves out none of the {self._sequences} sequence(s) of a "
-                f"micro-batch: raise batch.microSequences (or batch.sequences), or set gating.granularity Token"
+                f"micro-batch: raise training.batch.microSequences (or batch.sequences) or use granularity Token"
             )
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> StepResult:
