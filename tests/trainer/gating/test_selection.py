@@ -97,6 +97,7 @@ def test_any_rule_hands_out_just_what_there_is(
     assert int((weights_K > 0).sum()) == given_out
     assert labelled_BT.flatten()[rows_K[weights_K > 0]].all()
     assert (weights_K[weights_K > 0] >= 1 - 1e-6).all()
+    torch.testing.assert_close(weights_K[weights_K > 0], p_N[rows_K[weights_K > 0]].reciprocal().float())
 
 
 @each_unbiased_rule

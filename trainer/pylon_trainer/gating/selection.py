@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pylon_api.training import GatingSelection, GatingSpec
+from pylon_trainer.kernels.bucket import bucket
 
 SCORE_FLOOR = 0.1
 """Least score that a rule uses, as a share of the mean score. It raises the mean by a tenth at most, so no weight
@@ -59,11 +60,14 @@ def select(
     gating: GatingSpec, scores_BT: Tensor, labelled_BT: Tensor, *, rows: int, start: float | Tensor
 ) -> Selection:
     """The rows of a micro-batch by the spec's rule; `start` in [0, 1) is all that is random about them."""
+    labelled_N = labelled_BT.flatten()
+    if gating.selection is GatingSelection.TOP:
+        return draw(highest(scores_BT.flatten(), labelled_N, rows), labelled_N, rows=rows, start=start)
     probabilities_1N = build_rule(gating)(scores_BT, labelled_BT, torch.full((1,), rows, device=scores_BT.device))
     # In the order of the scores strata stand together, and so get their quotas.
     is_ordered = gating.selection is GatingSelection.STRATIFIED
-    line_N = order(scores_BT.flatten(), labelled_BT.flatten()) if is_ordered else None
-    return draw(probabilities_1N[0], labelled_BT.flatten(), rows=rows, start=start, line_N=line_N)
+    line_N = order(scores_BT.flatten(), labelled_N) if is_ordered else None
+    return draw(probabilities_1N[0], labelled_N, rows=rows, start=start, line_N=line_N)
 
 
 def all_rows(labelled_BT: Tensor) -> Selection:
@@ -108,6 +112,11 @@ def top(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor) -> Tensor:
     return ((rank_N < rows_R[:, None]) & labelled_BT.flatten()).double()
 
 
+def highest(scores_N: Tensor, labelled_N: Tensor, rows: int) -> Tensor:
+    """As `top` for one number of rows that the host knows, in linear time. scores_N: float32."""
+    return ((bucket(_ranked(scores_N, labelled_N), (rows,)).bucket_N == 0) & labelled_N).double()
+
+
 def stratified(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, strata: int) -> Tensor:
     """As likely as the mean score of the token's stratum is high: one rate for all tokens of like score, so that no few
     of them draw the rest of their stratum's rows. A stratum that is full leaves rows to the others."""
@@ -149,7 +158,12 @@ def floored(scores_BT: Tensor, labelled_BT: Tensor, *, by_sequence: bool = False
 def order(scores_N: Tensor, labelled_N: Tensor) -> Tensor:
     """Places of the tokens from the highest score to the lowest; of equal scores the earlier comes first, and tokens
     without a label come last."""
-    return torch.where(labelled_N, scores_N.nan_to_num(), -torch.inf).argsort(descending=True, stable=True)
+    return _ranked(scores_N, labelled_N).argsort(descending=True, stable=True)
+
+
+def _ranked(scores_N: Tensor, labelled_N: Tensor) -> Tensor:
+    """Scores that can be ordered, lowest where there is no label."""
+    return torch.where(labelled_N, scores_N.nan_to_num(), -torch.inf)
 
 
 def fill(scores_XN: Tensor, room_XN: Tensor, budget_X: Tensor) -> Tensor:
