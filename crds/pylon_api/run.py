@@ -151,7 +151,7 @@ class TrainerStatus(Report):
     skipped_steps: int = 0
     """Steps of this attempt whose update was left out because logits or gradients were not finite."""
     step_seconds: float | None = None
-    """Median seconds per step over the last log interval."""
+    """Mean seconds per step over the last log interval."""
     checkpoint: CheckpointReport | None = None
     """The newest committed checkpoint."""
     checkpoint_requested_step: int | None = None

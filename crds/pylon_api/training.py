@@ -350,8 +350,12 @@ class GatingSpec(Spec):
                 "depthBuckets above 1 needs engine SinglePass or TwoPass",
             ),
             rule(
-                "self.kvGradient == 'Truncated' || self.engine != 'TwoPass'",
-                "kvGradient Dense does not go with engine TwoPass: use SinglePass",
+                "self.kvGradient == 'Truncated' || self.engine == 'SinglePass'",
+                "kvGradient Dense needs engine SinglePass",
+            ),
+            rule(
+                "self.rowActivations == 'Keep' || self.engine != 'HeadOnly'",
+                "rowActivations Recompute needs engine SinglePass or TwoPass",
             ),
             rule("self.leakRate == 0.0 || self.depthBuckets > 1", "leakRate needs depthBuckets above 1"),
             rule(
@@ -387,8 +391,10 @@ class GatingSpec(Spec):
     def _parts_fit(self) -> Self:
         if self.depth_buckets > 1 and self.engine is GatingEngine.HEAD_ONLY:
             raise ValueError("depthBuckets above 1 needs engine SinglePass or TwoPass, not HeadOnly")
-        if self.kv_gradient is KvGradient.DENSE and self.engine is GatingEngine.TWO_PASS:
-            raise ValueError("kvGradient Dense does not go with engine TwoPass: use SinglePass")
+        if self.kv_gradient is KvGradient.DENSE and self.engine is not GatingEngine.SINGLE_PASS:
+            raise ValueError(f"kvGradient Dense needs engine SinglePass, not {self.engine}")
+        if self.row_activations is RowActivations.RECOMPUTE and self.engine is GatingEngine.HEAD_ONLY:
+            raise ValueError("rowActivations Recompute needs engine SinglePass or TwoPass, not HeadOnly")
         if self.leak_rate > 0 and self.depth_buckets == 1:
             raise ValueError("leakRate needs depthBuckets above 1")
         if self.granularity is GatingGranularity.SEQUENCE:
@@ -471,8 +477,8 @@ class TrainingSpec(Spec):
     """BFloat16: autocast with float32 weights and optimizer state. Float32: everything in float32."""
     compile: Compile = Compile.OFF
     """Default: torch.compile of every block. Graph: the same, and on CUDA every kind of step is recorded once as a CUDA
-    graph and then replayed; for models whose kernels are shorter than their launches, up to a few hundred million
-    parameters. Disabled: eager."""
+    graph and then replayed, but for steps of gating.granularity Sequence; for models whose kernels are shorter than
+    their launches, up to a few hundred million parameters. Disabled: eager."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Fixes initialisation, data order and gating; the same seed on the same machines gives the same losses."""
     gating: GatingSpec = GatingSpec()

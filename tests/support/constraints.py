@@ -105,6 +105,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
         "spec.training.gating.finalTokenRatio": 0.25,
     },
     "spec.training.gating.maximumTokenRatio": {"spec.training.gating.minimumTokenRatio": 1e-9},
+    "spec.training.gating.kvGradient": {"spec.training.gating.engine": "SinglePass"},
+    "spec.training.gating.rowActivations": {"spec.training.gating.engine": "SinglePass"},
     "spec.training.gating.depthBuckets": {"spec.training.gating.engine": "SinglePass"},
     "spec.training.gating.leakRate": {
         "spec.training.gating.engine": "SinglePass",
@@ -267,7 +269,11 @@ RULE_CASES = [
     Case("two hands on the ratio", {GATING: FALLING | {"ratioControl": "GradientMass"}}, "needs ratioControl Fixed"),
     Case("depth tiers", {GATING: {"engine": "SinglePass", "depthBuckets": 4, "leakRate": 0.1}}),
     Case("depth tiers of the head", {GATING: {"engine": "HeadOnly", "depthBuckets": 2}}, "SinglePass or TwoPass"),
-    Case("a dense gradient in two passes", {GATING: {"engine": "TwoPass", "kvGradient": "Dense"}}, "use SinglePass"),
+    Case("a dense gradient", {GATING: {"engine": "SinglePass", "kvGradient": "Dense", "rowActivations": "Recompute"}}),
+    Case("a dense gradient in two passes", {GATING: {"engine": "TwoPass", "kvGradient": "Dense"}}, "needs engine Si"),
+    Case("a dense gradient of the head", {GATING: {"kvGradient": "Dense"}}, "kvGradient Dense needs engine SinglePass"),
+    Case("two passes that recompute", {GATING: {"engine": "TwoPass", "rowActivations": "Recompute"}}),
+    Case("a head that recomputes", {GATING: {"rowActivations": "Recompute"}}, "needs engine SinglePass or TwoPass"),
     Case("a leak without tiers", {GATING: {"engine": "SinglePass", "leakRate": 0.1}}, "leakRate needs depthBuckets"),
     Case("whole sequences", {GATING: {"granularity": "Sequence", "selection": "Top", "routerLayers": 2}}),
     Case(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ class Reading:
     """Mean over tokens, nats; None when no step of the interval had a finite loss."""
     tokens_per_second: float
     step_seconds: float
+    """Mean, with the device's work."""
     bytes_per_step: int
     gradient_norm: float
     learning_rate: float
@@ -43,7 +43,8 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
-        self._step_seconds: list[float] = []
+        self._seconds = 0.0
+        self._steps = 0
         self._exchanged_bytes = 0
         self._last_time = time.perf_counter()
 
@@ -59,30 +60,32 @@ class Meter:
                 self._tally += result.difficulty
         self._update = update
         self._exchanged_bytes += update.exchanged_bytes
-        now = time.perf_counter()
-        self._step_seconds.append(now - self._last_time)
-        self._last_time = now
+        self._steps += 1
+        self._count_time()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is no training time: an evaluation or a checkpoint."""
+        """Time in here is no training time: an evaluation or a checkpoint. Waits for the device first, whose lag counts
+        towards the steps before."""
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        self._count_time()
         yield
         self._last_time = time.perf_counter()
 
     def read(self) -> Reading:
-        """Close the interval. Collective; waits for the device, whose lag counts towards the last step."""
+        """Close the interval. Collective; waits for the device, whose lag counts too."""
         # One collective and one copy for both; this rank's own tally goes on.
         totals = self._world.sum(torch.cat([self._sums, self._tally.flatten()])).cpu()
         loss_sum, finite_tokens, tokens, nonfinite_tokens = totals[:4].tolist()
         tally = totals[4:].reshape(difficulty.SHAPE)
         gradient_norm = float(self._update.gradient_norm)
-        lag = time.perf_counter() - self._last_time
-        seconds = sum(self._step_seconds) + lag
+        self._count_time()
         reading = Reading(
             loss=loss_sum / finite_tokens if finite_tokens else None,
-            tokens_per_second=tokens / seconds,
-            step_seconds=statistics.median(self._step_seconds),
-            bytes_per_step=self._exchanged_bytes // len(self._step_seconds),
+            tokens_per_second=tokens / self._seconds,
+            step_seconds=self._seconds / self._steps,
+            bytes_per_step=self._exchanged_bytes // self._steps,
             gradient_norm=gradient_norm,
             learning_rate=self._update.learning_rate,
             nonfinite_tokens=int(nonfinite_tokens),
@@ -90,3 +93,8 @@ class Meter:
         )
         self._reset()
         return reading
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._last_time
+        self._last_time = now

@@ -21,7 +21,7 @@ _GAUGES = {
     "held_out_loss": "Held-out loss, nats per token.",
     "tokens_per_second": "Tokens per second over all ranks, last log interval.",
     "bytes_per_step": "Bytes that one rank exchanged per step, the larger of sent and received.",
-    "step_seconds": "Median seconds per step over the last log interval.",
+    "step_seconds": "Mean seconds per step over the last log interval.",
 }
 
 _GATE_GAUGES = {

@@ -19,6 +19,7 @@ ENGINES = [
     {"engine": "SinglePass"},
     {"engine": "SinglePass", "kv_gradient": "Dense"},
     {"engine": "SinglePass", "row_activations": "Recompute"},
+    {"engine": "SinglePass", "kv_gradient": "Dense", "row_activations": "Recompute"},
     {"engine": "TwoPass"},
     {"engine": "TwoPass", "row_activations": "Recompute"},
     {"engine": "SinglePass", "depth_buckets": 4},

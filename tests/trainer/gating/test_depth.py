@@ -59,6 +59,13 @@ def test_leaks_are_a_fixed_share_drawn_evenly_and_weighted_so_that_nothing_is_bi
     torch.testing.assert_close(total / draws, torch.ones(rows), rtol=0, atol=0.04)
 
 
+def test_any_leak_lets_one_row_of_every_bucket_go_on_with_the_weight_of_all() -> None:
+    depth = depth_of(8, leak_rate=0.01)
+    for _, narrowing in sorted(depth.narrowings(8).items()):
+        assert narrowing.weights_R.max() == 2
+    assert len(narrowing.kept_R) == 2 + 3
+
+
 @pytest.mark.parametrize("fields", [{}, {"opened": 2}, {"leak_rate": 0.4, "start": 0.7}, {"buckets": 2, "opened": 1}])
 @pytest.mark.parametrize("layers", [1, 4, 6])
 @pytest.mark.parametrize("name", ROW_ENGINES)

@@ -144,6 +144,13 @@ def test_warm_up_starts_plain_and_says_so() -> None:
     assert life.gate.report().reason == "warm-up, ratio 0.75"
 
 
+def test_a_falling_ratio_says_from_where_to_where() -> None:
+    life = Life.of(ratio_control="Fixed", token_ratio=0.5, final_token_ratio=0.25, decay_steps=40)
+    life.live(0, 41)
+    report = life.gate.report()
+    assert (report.ratio, report.reason) == (0.25, "ratioControl Fixed, falling from 0.5 to 0.25 over 40 steps")
+
+
 @pytest.mark.parametrize("selection", ["Sampled", "Stratified", "SequenceAware", "Top"])
 def test_report_tells_mass_and_effective_share_of_the_scores(selection: str) -> None:
     """Against the formulas, over the two micro-batches of the one step that was looked at; Stratified and SequenceAware
@@ -168,7 +175,8 @@ def test_report_tells_mass_and_effective_share_of_the_scores(selection: str) -> 
     elif selection == "Sampled":
         assert report.effective_token_share == pytest.approx(float(sum(shares) / 2), rel=1e-6)
     else:
-        assert 0.5 < report.effective_token_share < float(sum(shares) / 2)
+        # A floor per sequence is the lower one in easy sequences, so a little better here than that of all.
+        assert 0.5 < report.effective_token_share < 1.001 * float(sum(shares) / 2)
 
 
 def test_the_model_of_gain_puts_ratios_in_the_order_that_runs_came_out_in() -> None:
@@ -254,10 +262,23 @@ def test_depth_tiers_go_by_score_and_open_over_the_warm_up(
 ) -> None:
     gate = Life.of(**{"engine": "SinglePass", "depth_buckets": 4, "leak_rate": 0.25, **gating}).gate
     gate.begin(step)
-    depth = gate.depth(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3]), torch.tensor([0, 1, 3, 4]), gate.draw())
+    scores_N, labelled_N = torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3]), torch.ones(5, dtype=torch.bool)
+    depth = gate.depth(scores_N, labelled_N, torch.tensor([0, 1, 3, 4]), gate.draw())
     assert (depth.opened if depth else None) == opened
     if depth is not None:
         assert (depth.ranks_K.tolist(), depth.buckets, depth.leak_rate) == ([3, 0, 1, 2], 4, 0.25)
+
+
+def test_rows_without_a_label_rank_last_however_high_their_scores() -> None:
+    gate = Life.of(engine="SinglePass", depth_buckets=2).gate
+    gate.begin(0)
+    scores_N, labelled_BT = torch.tensor([9.0, 0.2, 9.0, 0.5, 9.0]), torch.tensor([[False, True, False, True, False]])
+    rows_K = gate.choose(scores_N, labelled_BT, 0.8, gate.draw()).rows_K
+    depth = gate.depth(scores_N, labelled_BT.flatten(), rows_K, gate.draw())
+    assert len(rows_K) == 4
+    assert depth is not None
+    ranks = dict(zip(rows_K.tolist(), depth.ranks_K.tolist(), strict=True))
+    assert (ranks[3], ranks[1]) == (0, 1)
 
 
 @pytest.mark.gpu
@@ -278,7 +299,8 @@ def test_on_a_gpu_nothing_waits_and_the_gate_decides_by_its_own_clock(selection:
         gate.count_nonfinite(nonfinite_rows)
         gate.observe(norms_N, norms_N, labelled_BT, nonfinite_rows)
         if ratio < PLAIN:
-            gate.depth(norms_N, gate.choose(norms_N, labelled_BT, ratio, gate.draw()).rows_K, gate.draw())
+            rows_K = gate.choose(norms_N, labelled_BT, ratio, gate.draw()).rows_K
+            gate.depth(norms_N, labelled_BT.flatten(), rows_K, gate.draw())
         for _ in range(round(100 * ratio)):
             work @ work
 

@@ -101,7 +101,17 @@ def test_a_ratio_in_use_moves_one_rung_at_a_time() -> None:
     for _ in range(6):
         belief = belief.after(KNOWN, control)
         ratios.append(belief.ratio)
+        assert f"the top {belief.ratio:g} of tokens" in belief.reason
     assert ratios == [0.375, 0.3125, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_on_the_way_the_reason_speaks_of_the_ratio_that_is_taken() -> None:
+    control = control_of(target_mass=0.65)
+    belief = settled(control_of(), KNOWN).after(KNOWN, control)
+    worth, costs = control.worth(belief, 0.375), fit_costs(belief.seconds)
+    assert belief.ratio == 0.375
+    assert f"the top 0.375 of tokens hold 0.83 of the gradient mass; worth {worth:.2f} plain" in belief.reason
+    assert f"in the time of {costs(0.375):.2f}" in belief.reason
 
 
 def test_noise_at_the_border_does_not_throw_the_ratio_to_and_fro() -> None:

@@ -97,6 +97,7 @@ def test_any_rule_hands_out_just_what_there_is(
     assert int((weights_K > 0).sum()) == given_out
     assert labelled_BT.flatten()[rows_K[weights_K > 0]].all()
     assert (weights_K[weights_K > 0] >= 1 - 1e-6).all()
+    torch.testing.assert_close(weights_K[weights_K > 0], p_N[rows_K[weights_K > 0]].reciprocal().float())
 
 
 @each_unbiased_rule
@@ -155,7 +156,16 @@ def test_weights_are_bounded_by_the_floor() -> None:
     scores_BT = torch.full((1, 1000), 1e-6)
     scores_BT[0, :10] = 1.0
     _, weights_K = selected(UNBIASED["sampled"], scores_BT, everyone(scores_BT), 100)
-    assert weights_K.max() <= (1000 / 100) / SCORE_FLOOR
+    assert weights_K.max() <= (1000 / 100) * (1 + SCORE_FLOOR) / SCORE_FLOOR
+
+
+@pytest.mark.parametrize("rule", ["sequence aware", "fixed quota"])
+def test_a_quota_within_a_hard_sequence_has_bounded_weights(rule: str) -> None:
+    """One sequence is so much harder than the others that the mean of all says nothing about its easy tokens."""
+    scores_BT = torch.full((16, 100), 1e-6)
+    scores_BT[0, :50] = 1.0
+    p_N = probabilities(UNBIASED[rule], scores_BT, everyone(scores_BT), 160)
+    assert 1 / p_N.min() <= (1600 / 160) * (1 + SCORE_FLOOR) / SCORE_FLOOR
 
 
 @pytest.mark.parametrize(

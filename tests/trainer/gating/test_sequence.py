@@ -9,7 +9,8 @@ import torch
 from flops import flops
 from torch import Tensor
 
-from pylon_api.training import DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
+from pylon_api.training import BatchSpec, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
+from pylon_trainer.errors import ConfigError
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.sequence import SequenceStep
@@ -25,9 +26,10 @@ def model_of() -> Transformer:
     return build_model(SPEC, vocab_size=VOCABULARY)
 
 
-def step_of(model: Transformer, **gating: object) -> TrainingStep:
+def step_of(model: Transformer, batch: BatchSpec = BatchSpec(), **gating: object) -> TrainingStep:  # noqa: B008
     training = TrainingSpec(
         model=SPEC,
+        batch=batch,
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=10),
         precision=Precision.FLOAT32,
@@ -101,7 +103,7 @@ def test_sampled_gradients_and_losses_are_unbiased() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "batch", "number"),
-    [(0.99, batch_of(5), 5), (0.25, batch_of(1), 5), (1, batch_of(5), 8), (1, batch_of(5), 5)],
+    [(0.95, batch_of(5), 5), (0.25, batch_of(1), 5), (1, batch_of(5), 8), (1, batch_of(5), 5)],
     ids=["all chosen", "a batch of one", "a plain step that is looked at", "a plain step"],
 )
 def test_all_sequences_equal_the_plain_step(ratio: float, batch: Batch, number: int) -> None:
@@ -118,6 +120,52 @@ def test_a_batch_without_labels_gives_zero_and_no_nan(selection: str) -> None:
     result, gradient = run(gated(model_of(), 0.5, selection=selection), batch_of(4, ignored=4))
     assert float(result.loss_sum) == int(result.tokens) == int(result.gated_tokens) == 0
     assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("micro_sequences", "gating", "field"),
+    [
+        (1, {"ratio_control": "Fixed", "token_ratio": 0.5}, "tokenRatio 0.5"),
+        (4, {"ratio_control": "Fixed", "token_ratio": 0.8}, "tokenRatio 0.8"),
+        (4, {"ratio_control": "GradientMass", "minimum_token_ratio": 0.8}, "minimumTokenRatio 0.8"),
+    ],
+)
+def test_a_micro_batch_of_which_no_sequence_could_be_left_out_is_refused(
+    micro_sequences: int, gating: dict[str, object], field: str
+) -> None:
+    batch = BatchSpec(sequences=8, micro_sequences=micro_sequences)
+    with pytest.raises(ConfigError, match=f"gating.{field} leaves out none of the {micro_sequences} .*microSequences"):
+        step_of(model_of(), batch, **{"strategy": "GradientNorm", "granularity": "Sequence", **gating})
+
+
+def test_saved_flops_go_by_the_sequences_that_run() -> None:
+    """A ratio of 0.3 takes one half of two sequences."""
+    reports = []
+    for ratio in (0.3, 0.5):
+        step = gated(model_of(), ratio, batch=BatchSpec(sequences=2))
+        run(step, batch_of(2))
+        reports.append(step.report())
+    assert reports[0] is not None
+    assert reports[1] is not None
+    assert reports[0].saved_flops_ratio == reports[1].saved_flops_ratio > 0
+
+
+@pytest.mark.parametrize("ratio", [1, 0.5], ids=["plain", "gated"])
+def test_steps_that_are_not_finite_are_counted_though_the_router_sees_none(ratio: float) -> None:
+    model = model_of()
+    torch.nn.init.constant_(model.blocks[-1].mlp.down.weight, torch.inf)  # above the blocks that the router runs
+    step = gated(model, ratio)
+    for number in (1, 2, 3, 8, 16):
+        run(step, batch_of(4), number)
+    report = step.report()
+    assert report is not None
+    assert report.nonfinite_steps == 3
+
+
+def test_no_label_anywhere_gives_zero_gradients() -> None:
+    step, batch = gated(model_of(), 0.5), batch_of(4, ignored=4)
+    step.forward_backward(batch, global_tokens=0, step=1)
+    assert all((p.grad == 0).all() for p in step.model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("layers", [1, 3])

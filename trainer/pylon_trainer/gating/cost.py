@@ -4,8 +4,8 @@ Products alone count, two operations per multiply-add; norms, rotations and soft
 two forward passes. So a plain step costs 3 forward passes, and at ratio r a head costs 1 + 3r: all rows are scored, the
 chosen ones run again with a backward pass. Blocks cost 3 with HeadOnly, and what engine.py states with the others,
 where depth tiers let fewer rows reach the lower blocks and a dense gradient of keys and values adds a backward pass of
-their projections over all rows. With Sequence granularity a share of the sequences costs all, after a router has run a
-few blocks and the head forward over each.
+their projections over all rows, after a second forward pass where nothing was kept. With Sequence granularity a share
+of the sequences costs all, after a router has run a few blocks and the head forward over each.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def saved_flops_ratio(
         # Kept linear outputs spare a second run of the linear layers alone, so attention runs twice at least.
         gated += (1 + (2 + again) * reached) * linears + (1 + (2 + max(again, 1)) * reached) * attention
         if gating.kv_gradient is KvGradient.DENSE:
-            gated += 2 * model.layers * kv
+            gated += (2 + (gating.row_activations is RowActivations.RECOMPUTE)) * model.layers * kv
     return 1 - gated / plain
 
 

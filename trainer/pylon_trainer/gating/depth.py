@@ -10,6 +10,7 @@ Shapes: K chosen rows, M of them that have not left yet, R of those that stay.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class Depth:
         for bucket in range(self.opened, 0, -1):
             first = -(-bucket * rows // self.buckets)
             leaving = len(ranks_M) - leaked - first
-            leaking = round(self.leak_rate * leaving)
+            leaking = math.ceil(self.leak_rate * leaving)  # one at least, or the gradient below would be biased
             order_M = ranks_M.argsort()
             drawn = order_M[leaked + first :][_systematic(leaving, leaking, self.start, ranks_M.device)]
             # Leaked rows rank before all others from here on, and so never leave.

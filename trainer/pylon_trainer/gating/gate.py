@@ -94,8 +94,8 @@ class Gate:
         self._measurement.count_nonfinite(self._step, rows)
 
     def draw(self) -> Draws:
-        """The random numbers of this micro-batch."""
-        return Draws(*(float(self._generator(purpose).random()) for purpose in Draws._fields))
+        """The random numbers of this micro-batch: multiples of 2^-32, so that no sum with a row's number rounds up."""
+        return Draws(*(int(self._generator(purpose).integers(2**32)) / 2**32 for purpose in Draws._fields))
 
     @property
     def opened_tiers(self) -> int:
@@ -111,22 +111,22 @@ class Gate:
         rows = rows_of(ratio, len(scores_N))
         return select(self._gating, scores_N.view_as(labelled_BT), labelled_BT, rows=rows, start=draws.rows)
 
-    def depth(self, scores_N: Tensor, rows_K: Tensor, draws: Draws) -> Depth | None:
-        """How far the gradient of each chosen row goes back; None when all go to the bottom."""
+    def depth(self, scores_N: Tensor, labelled_N: Tensor, rows_K: Tensor, draws: Draws) -> Depth | None:
+        """How far the gradient of each chosen row goes back; None when all go to the bottom. Rows without a label,
+        which fill up what labels are too few for, rank last."""
         opened = self.opened_tiers
         if opened == 0:
             return None
-        ranks_K = order(scores_N[rows_K], torch.ones_like(rows_K, dtype=torch.bool)).argsort()
+        ranks_K = order(scores_N[rows_K], labelled_N[rows_K]).argsort()
         return Depth(ranks_K, self._gating.depth_buckets, opened, self._gating.leak_rate, draws.leaks)
 
     def report(self) -> GateReport:
         """What the gate is doing, from figures that have reached the host already; the same on every rank."""
         ratio, is_plain, belief = self._ratio, self._ratio == PLAIN, self._belief
-        is_warming_up = self._step < self._gating.warmup_steps
         worth = self._control.worth(belief, ratio) if ratio in belief.share else None
         return GateReport(
             decision=GateDecision.PLAIN if is_plain else GateDecision.GATED,
-            reason=f"warm-up, ratio {ratio:g}" if is_warming_up else belief.reason,
+            reason=self._reason(),
             ratio=ratio,
             retained_mass=belief.mass.get(ratio),
             effective_token_share=1.0 if is_plain else worth,
@@ -147,6 +147,15 @@ class Gate:
             return
         self._belief = Belief.from_state(state["belief"])
         self._measurement.load_state_dict(state["measurement"], rank=self._rank)
+
+    def _reason(self) -> str:
+        gating = self._gating
+        if self._step < gating.warmup_steps:
+            return f"warm-up, ratio {self._ratio:g}"
+        if gating.final_token_ratio is not None:
+            ends = f"from {gating.token_ratio:g} to {gating.final_token_ratio:g}"
+            return f"ratioControl Fixed, falling {ends} over {gating.decay_steps} steps"
+        return self._belief.reason
 
     def _generator(self, purpose: str) -> np.random.Generator:
         """Random numbers of this micro-batch, others for every purpose."""

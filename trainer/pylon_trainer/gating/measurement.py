@@ -30,8 +30,9 @@ INTERVAL_STEPS = 8
 FIXED_POINT = 2**32
 """1 in the sums of shares; leaves room for 2^31 micro-batches."""
 
-LEAST_SAMPLES = 3
-"""Steps of one ratio in an interval whose median counts: the first may compile."""
+LEAST_SAMPLES = 5
+"""Steps of one ratio in an interval whose median counts: the first may compile and, with recordings, the second
+records; the median of five is neither."""
 
 
 class Clock(Protocol):

@@ -186,10 +186,10 @@ def _decided(belief: Belief, control: Control) -> Belief:
     holding = [ratio for ratio in reversed(control.allowed) if ratio < PLAIN and _holds(belief, control, ratio)]
     if not holding:
         highest = max((ratio for ratio in control.allowed if ratio < PLAIN), default=PLAIN)
-        mass = f"the top {highest:g} of tokens hold {belief.mass[highest]:.2f} of the gradient mass"
-        return replace(belief, ratio=PLAIN, reason=f"{mass}, below {control.target_mass:g}")
+        return replace(belief, ratio=PLAIN, reason=f"{_mass(belief, highest)}, below {control.target_mass:g}")
     if not control.measures:
-        return _moved(belief, control, holding[0], "")
+        ratio = _towards(belief, control, holding[0])
+        return replace(belief, ratio=ratio, reason=_mass(belief, ratio))
     if not any(ratio < PLAIN for ratio in belief.seconds):
         return replace(belief, ratio=holding[0], reason="measuring the time of a gated step")
     costs = fit_costs(belief.seconds)
@@ -200,8 +200,9 @@ def _decided(belief: Belief, control: Control) -> Belief:
         worth, cost = control.worth(belief, best), costs(best)
         reason = f"at ratio {best:g} a step would be worth {worth:.2f} plain ones and take the time of {cost:.2f}"
         return replace(belief, ratio=PLAIN, reason=reason)
-    gain = f"; worth {control.worth(belief, paying[0]):.2f} plain steps in the time of {costs(paying[0]):.2f}"
-    return _moved(belief, control, paying[0], gain)
+    ratio = _towards(belief, control, paying[0])
+    gain = f"worth {control.worth(belief, ratio):.2f} plain steps in the time of {costs(ratio):.2f}"
+    return replace(belief, ratio=ratio, reason=f"{_mass(belief, ratio)}; {gain}")
 
 
 def _holds(belief: Belief, control: Control, ratio: float) -> bool:
@@ -214,14 +215,16 @@ def _least_gain(belief: Belief, ratio: float) -> float:
     return 1.0 if ratio == belief.ratio else 1.0 + GAIN_MARGIN
 
 
-def _moved(belief: Belief, control: Control, goal: float, gain: str) -> Belief:
-    """One rung at a time, except out of the plain step."""
-    ratio = goal
-    if belief.ratio in control.allowed and belief.ratio != PLAIN:
-        here, there = control.allowed.index(belief.ratio), control.allowed.index(goal)
-        ratio = control.allowed[here + max(-1, min(1, there - here))]
-    mass = f"the top {ratio:g} of tokens hold {belief.mass[ratio]:.2f} of the gradient mass"
-    return replace(belief, ratio=ratio, reason=mass + gain)
+def _towards(belief: Belief, control: Control, goal: float) -> float:
+    """The next ratio on the way to the goal: one rung at a time, except out of the plain step."""
+    if belief.ratio not in control.allowed or belief.ratio == PLAIN:
+        return goal
+    here, there = control.allowed.index(belief.ratio), control.allowed.index(goal)
+    return control.allowed[here + max(-1, min(1, there - here))]
+
+
+def _mass(belief: Belief, ratio: float) -> str:
+    return f"the top {ratio:g} of tokens hold {belief.mass[ratio]:.2f} of the gradient mass"
 
 
 def fit_costs(seconds: Mapping[float, float]) -> Callable[[float], float]:

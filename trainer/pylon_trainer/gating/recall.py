@@ -25,8 +25,8 @@ class Product(NamedTuple):
     output: Tensor
     weight: Tensor
     """The layer's weight as it was multiplied: a copy in the precision of autocast, or the weight itself. Kept, so that
-    a step casts each weight once; that takes 2 bytes per parameter of the blocks from the forward pass to the way
-    back."""
+    a micro-batch casts each weight once with SinglePass and Keep; Recompute and TwoPass cast it again on the way back.
+    That takes 2 bytes per parameter of the blocks from the forward pass to the way back."""
 
 
 def multiply(layer: Linear, x: Tensor, precision: torch.dtype | None) -> Product:

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from pylon_api.training import GatingSelection, GatingSpec
+from pylon_trainer.kernels.bucket import bucket
 
 SCORE_FLOOR = 0.1
-"""Least score that a rule uses, as a share of the mean score: no weight exceeds ten times the uniform one."""
+"""Least score that a rule uses, as a share of the mean score. It raises the mean by a tenth at most, so no weight
+exceeds eleven times that of a uniform draw; one from the token's own sequence where quotas are dealt out."""
 
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From scores B x T, labelled B x T and numbers of rows R to float64 probabilities R x N, none above 1, that add up to
@@ -58,11 +60,14 @@ def select(
     gating: GatingSpec, scores_BT: Tensor, labelled_BT: Tensor, *, rows: int, start: float | Tensor
 ) -> Selection:
     """The rows of a micro-batch by the spec's rule; `start` in [0, 1) is all that is random about them."""
+    labelled_N = labelled_BT.flatten()
+    if gating.selection is GatingSelection.TOP:
+        return draw(highest(scores_BT.flatten(), labelled_N, rows), labelled_N, rows=rows, start=start)
     probabilities_1N = build_rule(gating)(scores_BT, labelled_BT, torch.full((1,), rows, device=scores_BT.device))
     # In the order of the scores strata stand together, and so get their quotas.
     is_ordered = gating.selection is GatingSelection.STRATIFIED
-    line_N = order(scores_BT.flatten(), labelled_BT.flatten()) if is_ordered else None
-    return draw(probabilities_1N[0], labelled_BT.flatten(), rows=rows, start=start, line_N=line_N)
+    line_N = order(scores_BT.flatten(), labelled_N) if is_ordered else None
+    return draw(probabilities_1N[0], labelled_N, rows=rows, start=start, line_N=line_N)
 
 
 def all_rows(labelled_BT: Tensor) -> Selection:
@@ -107,6 +112,11 @@ def top(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor) -> Tensor:
     return ((rank_N < rows_R[:, None]) & labelled_BT.flatten()).double()
 
 
+def highest(scores_N: Tensor, labelled_N: Tensor, rows: int) -> Tensor:
+    """As `top` for one number of rows that the host knows, in linear time. scores_N: float32."""
+    return ((bucket(_ranked(scores_N, labelled_N), (rows,)).bucket_N == 0) & labelled_N).double()
+
+
 def stratified(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, strata: int) -> Tensor:
     """As likely as the mean score of the token's stratum is high: one rate for all tokens of like score, so that no few
     of them draw the rest of their stratum's rows. A stratum that is full leaves rows to the others."""
@@ -122,28 +132,38 @@ def stratified(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, strata
 def sequence_aware(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, share: float) -> Tensor:
     """First an equal quota for every sequence, as far as its labels go, then the rest by score; `share` of the rows
     make up the quotas."""
-    scores_BT, room_BT = floored(scores_BT, labelled_BT), labelled_BT.double()
+    room_BT = labelled_BT.double()
     sequences, lines = len(scores_BT), len(rows_R)
     quota_R = (rows_R * share / sequences).long()
     quota_RB = torch.minimum(quota_R[:, None], labelled_BT.sum(1))
-    even_RBT = fill(scores_BT.expand(lines, -1, -1), room_BT.expand(lines, -1, -1), quota_RB)
+    # By the sequence's own floor: a quota is dealt out within it, so that of all would not bound its weights.
+    own_BT = floored(scores_BT, labelled_BT, by_sequence=True)
+    even_RBT = fill(own_BT.expand(lines, -1, -1), room_BT.expand(lines, -1, -1), quota_RB)
     even_RN = even_RBT.flatten(1)
     budget_R = rows_R.clamp_max(labelled_BT.sum()) - quota_RB.sum(1)
-    return even_RN + fill(scores_BT.flatten().expand(lines, -1), room_BT.flatten() - even_RN, budget_R)
+    scores_N = floored(scores_BT, labelled_BT).flatten()
+    return even_RN + fill(scores_N.expand(lines, -1), room_BT.flatten() - even_RN, budget_R)
 
 
-def floored(scores_BT: Tensor, labelled_BT: Tensor) -> Tensor:
-    """float64 scores, positive where there is a label and 0 elsewhere. One that is not finite, or negative, counts as
+def floored(scores_BT: Tensor, labelled_BT: Tensor, *, by_sequence: bool = False) -> Tensor:
+    """float64 scores, positive where there is a label and 0 elsewhere, none far below the mean of all or of its
+    sequence. One that is not finite, or negative, counts as
     0: a step with the former will be skipped, but not before all shapes have been gone through."""
     scores_BT = torch.where(labelled_BT & scores_BT.isfinite(), scores_BT.double().clamp_min(0), 0.0)
-    floor = SCORE_FLOOR * scores_BT.sum() / labelled_BT.sum().clamp_min(1)
-    return torch.where(labelled_BT, scores_BT.clamp_min(floor) + 1e-9, 0.0)
+    over = 1 if by_sequence else (0, 1)
+    floor_B1 = SCORE_FLOOR * scores_BT.sum(over, keepdim=True) / labelled_BT.sum(over, keepdim=True).clamp_min(1)
+    return torch.where(labelled_BT, scores_BT.clamp_min(floor_B1) + 1e-9, 0.0)
 
 
 def order(scores_N: Tensor, labelled_N: Tensor) -> Tensor:
     """Places of the tokens from the highest score to the lowest; of equal scores the earlier comes first, and tokens
     without a label come last."""
-    return torch.where(labelled_N, scores_N.nan_to_num(), -torch.inf).argsort(descending=True, stable=True)
+    return _ranked(scores_N, labelled_N).argsort(descending=True, stable=True)
+
+
+def _ranked(scores_N: Tensor, labelled_N: Tensor) -> Tensor:
+    """Scores that can be ordered, lowest where there is no label."""
+    return torch.where(labelled_N, scores_N.nan_to_num(), -torch.inf)
 
 
 def fill(scores_XN: Tensor, room_XN: Tensor, budget_X: Tensor) -> Tensor:

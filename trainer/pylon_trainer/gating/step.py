@@ -47,13 +47,19 @@ class PlainStep:
         return self.run("plain", self._plain, batch, max(global_tokens, 1))[0]
 
     def _plain(
-        self, batch: Batch, global_tokens: Number, *, weights_N: Tensor | None = None, wants_scores: bool = False
+        self,
+        batch: Batch,
+        global_tokens: Number,
+        *,
+        weights_N: Tensor | None = None,
+        wants_scores: bool = False,
+        head: Head | None = None,
     ) -> tuple[StepResult, Scores | None]:
         """Forward and backward pass with all rows; their scores, if wanted, come from the same logits. weights_N: None
-        for 1."""
+        for 1. head: None for one of its own."""
         hidden_ND, labels_N = self._hidden(batch), batch.labels_BT.flatten()
         weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
-        loss_sum, gradient_ND, nonfinite_rows, scores = self._head().backward(
+        loss_sum, gradient_ND, nonfinite_rows, scores = (head or self._head()).backward(
             hidden_ND, labels_N, weights_N, global_tokens, accumulate, wants_scores=wants_scores
         )
         send_back(hidden_ND, gradient_ND)
@@ -149,7 +155,7 @@ class GatedStep(PlainStep):
         result_K = head.backward(
             hidden_ND[rows_K], labels_N[rows_K], weights_K, global_tokens, accumulate, scores.take(rows_K)
         )
-        back(rows_K, result_K.gradient_KD, accumulate, self._gate.depth(scores_N, rows_K, draws))
+        back(rows_K, result_K.gradient_KD, accumulate, self._gate.depth(scores_N, labelled_BT.flatten(), rows_K, draws))
         tokens = labelled_BT.sum()
         loss_sum = scores.loss_N.sum() * poison(scores.nonfinite_rows)
         result = StepResult(
@@ -168,9 +174,13 @@ class GatedStep(PlainStep):
             training.gating,
             vocab_size=self.model.vocab_size,
             sequence_length=training.data.sequence_length,
-            ratio=report.ratio,
+            ratio=self._share(report.ratio),
         )
         return report.model_copy(update={"saved_flops_ratio": saved})
+
+    def _share(self, ratio: float) -> float:
+        """Of the tokens that carry gradient at a ratio."""
+        return ratio
 
     def state_dict(self) -> dict[str, Any]:
         """As TrainingStep has it: what the gate knows."""

@@ -186,4 +186,4 @@ class GatedModel:
             return all_rows(labelled_BT), None
         draws = self._gate.draw()
         selection = self._gate.choose(scores_N, labelled_BT, ratio, draws)
-        return selection, self._gate.depth(scores_N, selection.rows_K, draws)
+        return selection, self._gate.depth(scores_N, labelled_BT.flatten(), selection.rows_K, draws)

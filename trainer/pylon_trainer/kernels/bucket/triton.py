@@ -96,8 +96,8 @@ def bucket(scores_N: Tensor, ends: Sequence[int]) -> Buckets:
         return Buckets(torch.zeros(N, dtype=torch.int32, device=device), thresholds_B)
     bucket_N = torch.empty(N, dtype=torch.int32, device=device)
     prefix_B = torch.zeros(B, dtype=torch.int64, device=device)
-    # From pinned memory, so that the copy does not wait for the device; the allocator keeps the page until it is done.
-    missing_B = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    # Filled in by the device: a copy from the host would wait for it, or be read again by a recorded step's replay.
+    missing_B = torch.cat([torch.full((1,), end, dtype=torch.int32, device=device) for end in ends])
     shift = KEY_BITS.value
     for bits in DIGIT_BITS:
         shift -= bits
