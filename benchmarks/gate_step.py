@@ -181,6 +181,7 @@ def rows_of(
         {
             "shape": name,
             "device": device_name(),
+            "torch": torch.__version__,
             "compiled": str(arguments.compile),
             "engine": kind.name,
             "granularity": kind.granularity,
