@@ -72,8 +72,8 @@ class Tiles:
         return y_KHE.transpose(0, 1).unsqueeze(0)
 
     def _copies(self, x_BJTE: Tensor) -> Tensor:
-        """Every tile's own, G x J x T x E. By a product with ones and zeros, as adding up gradients of chosen rows takes
-        a CPU a twentieth of the step."""
+        """Every tile's own, G x J x T x E. By a product with ones and zeros: adding up the gradients of gathered
+        copies would take a CPU a twentieth of the step."""
         belongs_GB = self.sequence_G[:, None] == torch.arange(len(x_BJTE), device=x_BJTE.device)
         copies_GX: Tensor = belongs_GB.to(x_BJTE.dtype) @ x_BJTE.flatten(1)
         copies_GJTE: Tensor = copies_GX.unflatten(1, x_BJTE.shape[1:])
