@@ -94,7 +94,7 @@ def test_quickstart_trains_to_the_end(
     nodes.add("node-0", gpus=8)
     quickstart = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     training = quickstart["spec"]["training"]
-    training["schedule"] |= {"steps": 100, "warmupSteps": 10}
+    training["schedule"] |= {"steps": 140, "warmupSteps": 10}
     training["batch"] = {"sequences": 4}
     training["data"]["sequenceLength"] = 64
     training["checkpoint"] |= {"uri": f"file://{tmp_path}/checkpoints", "intervalSteps": 50}
@@ -113,16 +113,16 @@ def test_quickstart_trains_to_the_end(
     assert job.condition("Succeeded")[:2] == ("True", "Completed")
     status = job.seen.status
     assert status.training is not None
-    assert status.training.step == status.training.total_steps == 100
+    assert status.training.step == status.training.total_steps == 140
     assert losses[-1] < losses[0], losses
     assert losses[-1] < 3.25, "below the unigram entropy of the text; a uniform guess has 5.5"
     assert all(loss == round(loss, 4) for loss in losses), "a column for people"
     assert status.training.sample
     assert status.training.export_uri
     assert status.checkpoint is not None
-    assert status.checkpoint.step == 100
+    assert status.checkpoint.step == 140
     row = control_plane.kubectl("--namespace", namespace, "get", "pj", job.name).splitlines()[1].split()
-    assert row[:3] + row[4:5] == [job.name, "True", "Completed", "100"]
+    assert row[:3] + row[4:5] == [job.name, "True", "Completed", "140"]
     events = control_plane.kubectl("--namespace", namespace, "get", "events", "--output", "jsonpath={.items[*].reason}")
     assert {"Created", "Training", "Completed"} <= set(events.split())
 

@@ -44,7 +44,7 @@ def enable(model_or_trainer: Any, *, seed: int = 0, **options: Any) -> GatedMode
         _check_trainer(trainer)
     previous = vars(model).get("forward")
     # TRL's trainers replace the forward when they are built, and read its output as GatedOutput has it.
-    if previous is not None and not (getattr(previous, "__module__", None) or "").startswith("trl."):
+    if previous is not None and not any(home.startswith("trl.") for home in _homes(previous)):
         raise ConfigError(
             f"{type(model).__name__}.forward: something has replaced it on this model, and the gate would leave that "
             "out; call enable() before accelerate prepares the model, or take the other patch out"
@@ -135,6 +135,12 @@ def _spec(options: Mapping[str, Any]) -> GatingSpec:
     if spec.granularity is GatingGranularity.SEQUENCE:
         raise ConfigError("granularity: Sequence is what pylon_trainer.cggr.CGGRModel does; use Token here")
     return spec
+
+
+def _homes(function: object) -> tuple[str, str]:
+    """Modules that it says it is from, which may be that of what it wraps, and that its code is from."""
+    plain = getattr(function, "__func__", function)
+    return str(getattr(plain, "__module__", "")), str(getattr(plain, "__globals__", {}).get("__name__", ""))
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -141,7 +141,10 @@ class HuggingFaceBlock:
     @contextmanager
     def _led(self, context: Context) -> Iterator[None]:
         usual_attention = self._config._attn_implementation
+        usual_checkpointing = self.is_checkpointing
         self._config._attn_implementation = attention.NAME
+        if usual_checkpointing:
+            self._layer.gradient_checkpointing = False  # the engine's own business
         for linear in self._linears:
             vars(linear)["forward"] = partial(context.linear, _PRODUCTS[type(linear)](linear))
         try:
@@ -149,6 +152,8 @@ class HuggingFaceBlock:
         finally:
             for linear in self._linears:
                 del vars(linear)["forward"]
+            if usual_checkpointing:
+                self._layer.gradient_checkpointing = True
             self._config._attn_implementation = usual_attention
 
 
