@@ -25,7 +25,7 @@ from pylon_trainer.cggr.metrics import means
 from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.gradients import Sink
 from pylon_trainer.gating.scores import judge
-from pylon_trainer.gating.selection import order
+from pylon_trainer.gating.selection import ranks
 from pylon_trainer.huggingface.detour import detour
 from pylon_trainer.huggingface.engine import ModelEngine
 from pylon_trainer.huggingface.families import check
@@ -121,4 +121,4 @@ class CGGRWrapper(CountingModule):
         """Of every token by difficulty, 0 the hardest; tokens known to have no label come last."""
         labelled_N = (labels_N != IGNORED) | (not is_labelled)
         self._scores = score(logits_NV, labels_N.where(labels_N != IGNORED, 0).where(labelled_N, IGNORED))
-        return order(judge(GatingStrategy.DIFFICULTY, self._scores), labelled_N).argsort()
+        return ranks(judge(GatingStrategy.DIFFICULTY, self._scores), labelled_N)

@@ -22,7 +22,7 @@ from pylon_api.training import GatingSelection, GatingSpec, GatingStrategy
 from pylon_trainer.gating.depth import Depth
 from pylon_trainer.gating.measurement import INTERVAL_STEPS, Clock, Measurement, clock_of
 from pylon_trainer.gating.ratio import PLAIN, Belief, Control, rows_of, scheduled_ratio
-from pylon_trainer.gating.selection import Selection, build_rule, order, select
+from pylon_trainer.gating.selection import Selection, build_rule, ranks, select
 
 
 class Draws(NamedTuple):
@@ -117,7 +117,7 @@ class Gate:
         opened = self.opened_tiers
         if opened == 0:
             return None
-        ranks_K = order(scores_N[rows_K], labelled_N[rows_K]).argsort()
+        ranks_K = ranks(scores_N[rows_K], labelled_N[rows_K])
         return Depth(ranks_K, self._gating.depth_buckets, opened, self._gating.leak_rate, draws.leaks)
 
     def report(self) -> GateReport:

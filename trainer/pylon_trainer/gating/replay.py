@@ -102,12 +102,16 @@ def _pool() -> Any:
     return torch.cuda.MemPool()
 
 
+def _pinned(numbers: tuple[float, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).pin_memory()
+
+
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64).pin_memory().to(device, non_blocking=True)
+    return _pinned(numbers).to(device, non_blocking=True)
 
 
 def _fill(recording: Recording, batch: Batch, numbers: tuple[float, ...]) -> None:
-    recording.numbers.copy_(torch.tensor(numbers, dtype=torch.float64).pin_memory(), non_blocking=True)
+    recording.numbers.copy_(_pinned(numbers), non_blocking=True)
     for field in dataclasses.fields(Batch):
         own, new = getattr(recording.batch, field.name), getattr(batch, field.name)
         if own is not None:

@@ -108,7 +108,7 @@ def proportional(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor) -> Tens
 
 def top(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor) -> Tensor:
     """1 for the highest scores; of equal ones for the earlier."""
-    rank_N = order(scores_BT.flatten(), labelled_BT.flatten()).argsort()
+    rank_N = ranks(scores_BT.flatten(), labelled_BT.flatten())
     return ((rank_N < rows_R[:, None]) & labelled_BT.flatten()).double()
 
 
@@ -121,7 +121,7 @@ def stratified(scores_BT: Tensor, labelled_BT: Tensor, rows_R: Tensor, *, strata
     """As likely as the mean score of the token's stratum is high: one rate for all tokens of like score, so that no few
     of them draw the rest of their stratum's rows. A stratum that is full leaves rows to the others."""
     scores_N, labelled_N = floored(scores_BT, labelled_BT).flatten(), labelled_BT.flatten()
-    rank_N = order(scores_N, labelled_N).argsort()
+    rank_N = ranks(scores_N, labelled_N)
     ends_S = torch.arange(1, strata + 1, device=rank_N.device) * labelled_N.sum() // strata
     stratum_N = torch.searchsorted(ends_S, rank_N, right=True).clamp_max(strata - 1)
     member_SN = (stratum_N == torch.arange(strata, device=rank_N.device)[:, None]) & labelled_N
@@ -164,6 +164,11 @@ def order(scores_N: Tensor, labelled_N: Tensor) -> Tensor:
 def _ranked(scores_N: Tensor, labelled_N: Tensor) -> Tensor:
     """Scores that can be ordered, lowest where there is no label."""
     return torch.where(labelled_N, scores_N.nan_to_num(), -torch.inf)
+
+
+def ranks(scores_N: Tensor, labelled_N: Tensor) -> Tensor:
+    """Of every token in that order, from 0."""
+    return order(scores_N, labelled_N).argsort()
 
 
 def fill(scores_XN: Tensor, room_XN: Tensor, budget_X: Tensor) -> Tensor:
