@@ -1,5 +1,5 @@
-"""What a checkpoint says of itself: its state with the place of every tensor, its files with the checksum of every part,
-and the marker that makes it count.
+"""What a checkpoint says of itself: its state and where each tensor lies, its files and the checksum of every part, and
+the marker that makes it count.
 
 Only bytes in, bytes out: nothing here touches a store, and nothing here needs torch, because the process that writes
 checkpoints and the command line that looks at them do without it.
