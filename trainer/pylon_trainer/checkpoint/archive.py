@@ -93,7 +93,7 @@ class Archive:
         PeerLost when a newer attempt has begun, StorageError when the store refuses: then `discard` removes its files.
         """
         content = manifest.dump()
-        self.storage.write(f"{name}/{MANIFEST}", content)
+        self._write_once(f"{name}/{MANIFEST}", content)
         # Before the marker: hinting at what is not committed does no harm, not hinting at what is might lose it.
         self._write_claim([name, *self._hinted()])
         self._refuse_if_superseded()
@@ -101,7 +101,7 @@ class Archive:
         try:
             self.storage.create(f"{name}/{COMMITTED}", marker.dump())
         except FileExistsError:
-            return self._committed_already(name, content)
+            return self._committed_already(name)
         return self._report(name, manifest, marker)
 
     def prune(self) -> None:
@@ -192,15 +192,20 @@ class Archive:
         except FileNotFoundError:
             return None
 
-    def _committed_already(self, name: str, content: bytes) -> CheckpointReport:
-        """The marker is ours and the store's answer was lost on its way; or nodes share a disk and one was faster."""
+    def _write_once(self, path: str, content: bytes) -> None:
+        """StorageError when there is another content already; equal content is ours, its answer was lost on the way."""
         try:
-            found = self.load(name)
+            self.storage.create(path, content)
+        except FileExistsError:
+            if self.storage.read(path) != content:
+                raise StorageError(f"{self.storage.uri}/{path} is there already, with another content") from None
+
+    def _committed_already(self, name: str) -> CheckpointReport:
+        """For a marker that was there: ours, its answer lost on the way; or nodes share a disk and one was faster."""
+        try:
+            return self.load(name).report
         except DamagedCheckpoint as damage:
             raise StorageError(f"{self.storage.uri}/{name} cannot be committed: {damage}") from damage
-        if found.manifest.dump() != content:
-            raise StorageError(f"{self.storage.uri}/{name} is committed already, as another checkpoint")
-        return found.report
 
     def _is_whole(self, name: str) -> bool:
         """As far as that shows without reading its files."""
