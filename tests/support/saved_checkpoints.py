@@ -39,7 +39,10 @@ def manifest(attempt: int, step: int, replicated: dict[str, Any] | None = None) 
 def write_files(storage: Storage, name: str, attempt: int, step: int) -> None:
     """What the ranks' writers do before a commit."""
     for file, data in rank_files(attempt, step).items():
-        storage.write(f"{name}/{file}", data)
+        upload = storage.upload(f"{name}/{file}", len(data))
+        for part in file_entry(data).parts():
+            upload.put(part.offset, memoryview(data)[part.offset : part.offset + part.length])
+        upload.finish()
 
 
 class Run:

@@ -193,7 +193,7 @@ class Archive:
             return None
 
     def _write_once(self, path: str, content: bytes) -> None:
-        """StorageError when there is another content already; equal content is ours, its answer was lost on the way."""
+        """It may be there already, from a node of this job that shares the disk. StorageError for another content."""
         try:
             self.storage.create(path, content)
         except FileExistsError:
@@ -201,7 +201,7 @@ class Archive:
                 raise StorageError(f"{self.storage.uri}/{path} is there already, with another content") from None
 
     def _committed_already(self, name: str) -> CheckpointReport:
-        """For a marker that was there: ours, its answer lost on the way; or nodes share a disk and one was faster."""
+        """For a marker that was there: that of a node of this job that shares the disk and was faster."""
         try:
             return self.load(name).report
         except DamagedCheckpoint as damage:
