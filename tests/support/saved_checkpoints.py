@@ -70,7 +70,7 @@ class Run:
 
 
 def restore(
-    storage: Storage, told: Callable[[str], None] = lambda _: None, attempt: int = 99, **wanted: Any
+    storage: Storage, told: Callable[[str], None] = lambda _: None, attempt: int = 3, **wanted: Any
 ) -> Found | None:
     """The newest whole checkpoint, every byte of it read and compared with what was saved."""
     archive = Archive(storage, attempt, keep=2)

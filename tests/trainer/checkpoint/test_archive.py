@@ -22,7 +22,7 @@ def store(directory: Path) -> Storage:
     return Storage(str(directory / "job"), sleep=lambda _: None)
 
 
-def restored(storage: Storage, told: list[str] | None = None, attempt: int = 99) -> tuple[int, int] | None:
+def restored(storage: Storage, told: list[str] | None = None, attempt: int = 3) -> tuple[int, int] | None:
     """Attempt and step of what is restored."""
     found = restore(storage, [].append if told is None else told.append, attempt)
     return found and (found.manifest.attempt, found.manifest.step)

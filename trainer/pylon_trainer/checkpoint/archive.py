@@ -26,6 +26,10 @@ logger = logging.getLogger("pylon")
 _NAME = re.compile(r"step-(?P<step>\d{12})-attempt-(?P<attempt>\d{6})-[0-9a-f]{8}")
 _CLAIM = re.compile(r"attempt-(?P<attempt>\d{6})")
 _CLAIMS = "attempts"
+_LOOK_BACK = 8
+"""Attempts, this one included, whose claims are looked for even when they are not listed. Each takes over the hints of
+those before it, so several tell more than one only when an older attempt committed after a newer one began."""
+
 _DAMAGED = "DAMAGED"
 """Left in a committed checkpoint that proved damaged, with the reason."""
 
@@ -242,10 +246,11 @@ class Archive:
     def _hinted(self) -> list[str]:
         """Committed checkpoints that claims name, newest first, down to the newest attempt that committed any.
 
-        Claims are read by their names, so a listing that lags hides nothing.
+        The latest claims are looked for by their names, because a listing may not show them yet.
         """
+        latest = range(self._attempt, max(0, self._attempt - _LOOK_BACK), -1)
         found: set[Place] = set()
-        for attempt in range(max([self._attempt, *self._claims()]), 0, -1):
+        for attempt in sorted({*latest, *self._claims()}, reverse=True):
             try:
                 lines = self.storage.read(_claim(attempt)).decode(errors="replace").splitlines()
             except FileNotFoundError:
