@@ -43,7 +43,7 @@ def full_job() -> Json:
         "optimizer": {},
         "batch": {},
         "gating": {},
-        "checkpoint": {"uri": "./runs", "restoreFrom": {"uri": "./other"}},
+        "checkpoint": {"uri": "./runs", "local": {"directory": "/var/pylon"}, "restoreFrom": {"uri": "./other"}},
         "evaluation": {},
         "export": {},
     }
@@ -251,6 +251,14 @@ RULE_CASES = [
     Case(
         "export on its own",
         {f"{TRAINING}.export": {"format": "HuggingFace", "uri": "./e"}, f"{TRAINING}.checkpoint": REMOVED},
+    ),
+    Case("checkpoints by cost", {f"{TRAINING}.checkpoint": {"uri": "./r", "intervalControl": "YoungDaly"}}),
+    Case("checkpoints by the clock", {f"{TRAINING}.checkpoint": {"uri": "./r", "intervalSeconds": 60}}),
+    Case("checkpoints on local disks", {f"{TRAINING}.checkpoint": {"uri": "./r", "local": {"directory": "/ssd"}}}),
+    Case(
+        "checkpoints on local disks somewhere",
+        {f"{TRAINING}.checkpoint": {"uri": "./r", "local": {"directory": "ssd"}}},
+        f"{TRAINING}.checkpoint.local.directory",
     ),
     Case("a gate by its score alone", {GATING: {"strategy": "GradientNorm"}}),
     Case("a gate of before the closed loop", {GATING: {"strategy": "GradientNorm", "tokenRatio": 0.25}}),
