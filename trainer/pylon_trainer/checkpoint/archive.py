@@ -171,7 +171,10 @@ class Archive:
                     passed_over(f"passed over {self.storage.uri}/{listed.name}: {damage}")
 
     def load(self, name: str) -> Found:
-        """A committed checkpoint's manifest. DamagedCheckpoint unless there are a valid marker and the manifest it names."""
+        """What a committed checkpoint's manifest tells.
+
+        DamagedCheckpoint unless there are a valid marker and the manifest that it names.
+        """
         try:
             marker = Marker.parse(self.storage.read(f"{name}/{COMMITTED}"))
             content = self.storage.read(f"{name}/{MANIFEST}")
