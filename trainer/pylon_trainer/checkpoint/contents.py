@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylon_trainer.checkpoint.manifest import Manifest
-from pylon_trainer.checkpoint.state import placeholders, separate
+from pylon_trainer.checkpoint.manifest import Manifest, placeholders
+from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.data import merge_states
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.run import Run

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pylon_trainer.checkpoint.archive import Archive, Place
 from pylon_trainer.checkpoint.layout import Layout
-from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest
-from pylon_trainer.checkpoint.state import join, placeholders
+from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest, Part, placeholders
+from pylon_trainer.checkpoint.state import join
 from pylon_trainer.errors import StorageError
 from pylon_trainer.runtime.distributed import World
 
@@ -53,12 +53,11 @@ class Restored:
     """What this rank had for itself; None when the checkpoint is of another number of ranks."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """Who reads a file, and from which shelf."""
+class _Copy(NamedTuple):
+    """A place where a checkpoint, or a file of one, was found."""
 
-    rank: int
     shelf: int
+    rank: int
 
 
 def restore(
@@ -81,11 +80,11 @@ def restore(
     tried: set[Place] = set()
     damage = ""
     # Looked for again when all are used up: an attempt that still runs may have committed, and removed what was there.
-    while fresh := [place for place in _list(world, shelves, wanted) if place not in tried]:
-        for place in fresh:
+    while fresh := [found for found in _find(world, shelves, wanted) if found[0] not in tried]:
+        for place, copies in fresh:
             tried.add(place)
             try:
-                return _Reader(world, shelves, ranks_per_node, place.name, passed_over).read(targets, check)
+                return _Reader(world, shelves, ranks_per_node, place.name, copies, passed_over).read(targets, check)
             except DamagedCheckpoint as found:
                 damage = str(found)
                 passed_over(f"passed over {damage}")
@@ -94,19 +93,26 @@ def restore(
     return None
 
 
-def _list(world: World, shelves: Sequence[Shelf], wanted: Callable[[Place], bool]) -> list[Place]:
-    seen = {
-        listed.place
-        for shelf in shelves
+def _find(
+    world: World, shelves: Sequence[Shelf], wanted: Callable[[Place], bool]
+) -> list[tuple[Place, list[_Copy]]]:
+    """Committed checkpoints, newest first, each with its copies, nearest first. The same on every rank."""
+    seen = [
+        [one.place for one in shelf.archive.checkpoints() if one.is_committed and wanted(one.place)]
         if shelf.lists
-        for listed in shelf.archive.checkpoints()
-        if listed.is_committed and wanted(listed.place)
-    }
-    return sorted(set().union(*world.gather(seen)), reverse=True)
+        else []
+        for shelf in shelves
+    ]
+    copies: dict[Place, list[_Copy]] = {}
+    for rank, by_shelf in enumerate(world.gather(seen)):
+        for shelf, places in enumerate(by_shelf):
+            for place in places:
+                copies.setdefault(place, []).append(_Copy(shelf, rank))
+    return [(place, sorted(copies[place])) for place in sorted(copies, reverse=True)]
 
 
 class _Reader:
-    """Of one checkpoint. Every method is collective, and raises DamagedCheckpoint on all ranks alike."""
+    """Of one checkpoint. What it does is collective, and raises DamagedCheckpoint on all ranks alike."""
 
     def __init__(
         self,
@@ -114,112 +120,113 @@ class _Reader:
         shelves: Sequence[Shelf],
         ranks_per_node: int,
         name: str,
+        copies: Sequence[_Copy],
         passed_over: Callable[[str], None],
     ) -> None:
         self._world = world
         self._shelves = shelves
         self._ranks_per_node = ranks_per_node
         self._name = name
+        self._copies = copies
+        self._is_in_store = any(shelves[copy.shelf].is_shared for copy in copies)
         self._passed_over = passed_over
 
     def read(self, targets: Mapping[str, Tensor], check: Callable[[Manifest, str], None]) -> Restored:
         """Everything, into the targets."""
-        shelf, manifest = self._manifest()
-        uri = f"{self._shelves[shelf].archive.storage.uri}/{self._name}"
+        uri, manifest = self._manifest()
         check(manifest, uri)
-        reads = self._share_out(manifest)
+        readers = self._share_out(manifest)
         replicated = {place["key"]: place for place in placeholders(manifest.replicated)}
         tensors = {key: targets[key] if key in targets else _empty(place) for key, place in replicated.items()}
         is_same_size = manifest.ranks == self._world.size
-        own: dict[str, Tensor] = {}
-        for files in _rounds(reads, self._world.size):
-            contents = self._read_round(manifest, files, reads)
+        own = [{p["key"]: p for p in placeholders(tree)} for tree in manifest.own] if is_same_size else []
+        own_tensors: dict[str, Tensor] = {}
+        for files in _rounds(readers, self._world.size):
+            contents = self._read_round(manifest, files, readers)
             for file in files:
-                source, content = reads[file].rank, contents.get(file)
-                for key in sorted(key for key, place in replicated.items() if place["file"] == file):
+                source, content = readers[file].rank, contents.get(file)
+                for key in _keys_of(file, replicated):
                     self._hand_out(tensors[key], source, content and content[key])
-                for rank in range(manifest.ranks if is_same_size else 0):
-                    for place in placeholders(manifest.own[rank]):
-                        if place["file"] == file:
-                            self._hand_out(tensor := _empty(place), source, content and content[place["key"]])
-                            own |= {place["key"]: tensor} if rank == self._world.rank else {}
+                for rank, places in enumerate(own):
+                    for key in _keys_of(file, places):
+                        tensor = _empty(places[key])
+                        self._hand_out(tensor, source, content and content[key])
+                        if rank == self._world.rank:
+                            own_tensors[key] = tensor
         return Restored(
             uri=uri,
-            is_in_store=self._shelves[shelf].is_shared or self._is_on_shared_shelf(),
+            is_in_store=self._is_in_store,
             manifest=manifest,
             replicated=join(manifest.replicated, tensors),
-            own=join(manifest.own[self._world.rank], own) if is_same_size else None,
+            own=join(manifest.own[self._world.rank], own_tensors) if is_same_size else None,
         )
 
-    def _manifest(self) -> tuple[int, Manifest]:
-        """The manifest, and the shelf of the first rank that has it whole."""
-        holds = [shelf.lists and _is_committed(shelf.archive, self._name) for shelf in self._shelves]
-        everyone = self._world.gather(holds)
-        damages = []
-        for shelf in range(len(self._shelves)):
-            for rank in (rank for rank, held in enumerate(everyone) if held[shelf]):
-                found: Manifest | str = ""
-                if rank == self._world.rank:
-                    found = self._load(self._shelves[shelf])
-                found = self._world.broadcast(found, rank)
-                if isinstance(found, Manifest):
-                    return shelf, found
-                damages.append(found)
-        raise DamagedCheckpoint(damages[0] if damages else f"{self._name}: it was removed")
+    def _manifest(self) -> tuple[str, Manifest]:
+        """Where the first whole copy is, and its manifest."""
+        damage = ""
+        for copy in self._copies:
+            found: tuple[str, Manifest | str] = ("", "")
+            if copy.rank == self._world.rank:
+                found = self._load(self._shelves[copy.shelf])
+            uri, manifest = self._world.broadcast(found, copy.rank)
+            if isinstance(manifest, Manifest):
+                return uri, manifest
+            damage = f"{uri}: {manifest}"
+        raise DamagedCheckpoint(damage)
 
-    def _load(self, shelf: Shelf) -> Manifest | str:
+    def _load(self, shelf: Shelf) -> tuple[str, Manifest | str]:
+        uri = f"{shelf.archive.storage.uri}/{self._name}"
         try:
-            return shelf.archive.load(self._name).manifest
+            return uri, shelf.archive.load(self._name).manifest
         except DamagedCheckpoint as damage:
-            return f"{shelf.archive.storage.uri}/{self._name}: {damage}"
+            return uri, str(damage)
+        except StorageError as error:
+            if shelf.is_shared:
+                raise
+            return uri, str(error)  # a disk that fails is no reason to give up
 
-    def _share_out(self, manifest: Manifest) -> dict[str, _Read]:
-        """Who reads which file: a rank of a node that holds it, else whoever's turn it is, from the store."""
-        held: dict[int, dict[str, list[int]]] = {}
-        for number, shelf in enumerate(self._shelves):
-            if not shelf.is_shared:
-                mine = {file for file, entry in manifest.files.items() if shelf.lists and self._holds(shelf, file, entry)}
-                everyone = self._world.gather(mine)
-                held[number] = {file: [r for r, has in enumerate(everyone) if file in has] for file in manifest.files}
-        is_shared = self._is_on_shared_shelf()
-        reads: dict[str, _Read] = {}
-        for turn, file in enumerate(sorted(manifest.files)):
-            near = [(number, ranks[file][0]) for number, ranks in held.items() if ranks[file]]
+    def _share_out(self, manifest: Manifest) -> dict[str, _Copy]:
+        """Who reads which file: a rank of a node that holds it, else from the store whoever's turn it is."""
+        mine = [
+            {file for file, entry in manifest.files.items() if not shelf.is_shared and self._holds(shelf, file, entry)}
+            for shelf in self._shelves
+        ]
+        held: dict[str, list[_Copy]] = {file: [] for file in manifest.files}
+        for rank, by_shelf in enumerate(self._world.gather(mine)):
+            for shelf, files in enumerate(by_shelf):
+                for file in files:
+                    held[file].append(_Copy(shelf, rank))
+        readers = {}
+        for turn, (file, near) in enumerate(sorted(held.items())):
             if near:
-                number, first_rank = near[0]
-                reads[file] = _Read(first_rank + turn % self._ranks_per_node, number)
-            elif is_shared:
-                reads[file] = _Read(turn % self._world.size, len(self._shelves) - 1)
+                shelf, first_rank = near[turn % len(near)]
+                readers[file] = _Copy(shelf, first_rank + turn % self._ranks_per_node)
+            elif self._is_in_store:
+                readers[file] = _Copy(len(self._shelves) - 1, turn % self._world.size)
             else:
                 raise DamagedCheckpoint(f"{self._shelves[0].archive.storage.uri}/{self._name}: no node holds {file}")
-        return reads
+        return readers
 
     def _holds(self, shelf: Shelf, file: str, entry: FileEntry) -> bool:
-        return shelf.archive.storage.size(f"{self._name}/{file}") == entry.size_bytes
-
-    def _is_on_shared_shelf(self) -> bool:
-        shelf = self._shelves[-1]
-        is_there = shelf.is_shared and shelf.lists and _is_committed(shelf.archive, self._name)
-        return any(self._world.gather(is_there))
+        return shelf.lists and shelf.archive.storage.size(f"{self._name}/{file}") == entry.size_bytes
 
     def _read_round(
-        self, manifest: Manifest, files: Sequence[str], reads: Mapping[str, _Read]
+        self, manifest: Manifest, files: Sequence[str], readers: Mapping[str, _Copy]
     ) -> dict[str, dict[str, Tensor]]:
         """The tensors of that of these files which is this rank's to read; all ranks know then that theirs is whole."""
         contents: dict[str, dict[str, Tensor]] = {}
         damages: list[str] = []
-        for file in files:
-            if reads[file].rank == self._world.rank:
-                content = self._read_file(file, manifest.files[file], self._shelves[reads[file].shelf :], damages)
-                contents |= {} if content is None else {file: content}
-        is_lost = len(contents) < sum(reads[file].rank == self._world.rank for file in files)
-        found = self._world.gather((damages, is_lost))
-        lost = [damage for damages, is_lost in found if is_lost for damage in damages[-1:]]
-        if lost:
-            raise DamagedCheckpoint(lost[0])
-        for damages, _ in found:
-            for damage in damages:
-                self._passed_over(f"read from the store instead of {damage}")
+        is_lost = False
+        for file in (file for file in files if readers[file].rank == self._world.rank):
+            content = self._read_file(file, manifest.files[file], self._shelves[readers[file].shelf :], damages)
+            is_lost = content is None
+            contents |= {} if content is None else {file: content}
+        everyone = self._world.gather((damages, is_lost))
+        for damages, is_lost in everyone:
+            if is_lost:
+                raise DamagedCheckpoint(damages[-1])
+        for damage in (damage for damages, _ in everyone for damage in damages):
+            self._passed_over(f"read from the store instead of {damage}")
         return contents
 
     def _read_file(
@@ -249,11 +256,11 @@ class _Reader:
             self._world.broadcast_tensor(target, source)
 
 
-def _rounds(reads: Mapping[str, _Read], ranks: int) -> Iterator[list[str]]:
+def _rounds(readers: Mapping[str, _Copy], ranks: int) -> Iterator[list[str]]:
     """Files that are read at the same time: at most one by each rank, so that no rank holds two in memory."""
     queues: list[list[str]] = [[] for _ in range(ranks)]
-    for file in sorted(reads):
-        queues[reads[file].rank].append(file)
+    for file in sorted(readers):
+        queues[readers[file].rank].append(file)
     for number in range(max(map(len, queues))):
         yield [queue[number] for queue in queues if number < len(queue)]
 
@@ -267,7 +274,7 @@ def _read(archive: Archive, path: str, file: str, entry: FileEntry) -> Tensor:
     data = torch.empty(entry.size_bytes, dtype=torch.uint8)
     buffer = memoryview(data.numpy())
 
-    def read_part(part: Any) -> None:
+    def read_part(part: Part) -> None:
         view = buffer[part.offset : part.offset + part.length]
         archive.storage.read_into(path, part.offset, view)
         part.verify(file, view)
@@ -290,5 +297,5 @@ def _empty(place: Mapping[str, Any]) -> Tensor:
     return torch.empty(place["shape"], dtype=getattr(torch, place["dtype"]))
 
 
-def _is_committed(archive: Archive, name: str) -> bool:
-    return any(listed.name == name and listed.is_committed for listed in archive.checkpoints())
+def _keys_of(file: str, places: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return sorted(key for key, place in places.items() if place["file"] == file)
