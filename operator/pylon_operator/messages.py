@@ -92,7 +92,7 @@ def committed(checkpoint: CheckpointReport) -> str:
 
 def saves_fail(saves: SaveReport, checkpoint: CheckpointReport | None) -> str:
     count = "The last checkpoint" if saves.failed_in_row == 1 else f"The last {saves.failed_in_row} checkpoints"
-    kept = f"the newest committed is {committed(checkpoint)}" if checkpoint else "none has ever been committed"
+    kept = f"newest committed: {committed(checkpoint)}" if checkpoint else "none has ever been committed"
     return f"{count} could not be saved: {last_line(saves.failure) or 'no reason given'}; {kept}"
 
 
