@@ -2,7 +2,8 @@
 
 It reads what a real one reads (PYLON_CONFIG, PET_NODE_RANK, PYLON_STATUS_HOST, ...) and this environment:
 FAKE_STATE, a directory for its checkpoint; FAKE_STEP_SECONDS; FAKE_COMMIT_EVERY steps (0: only when asked);
-FAKE_REFUSAL, a file that, while it is there, makes saves fail with its text; FAKE_DEATHS, JSON list of {"attempt": 1, "step": 5, "rank": 0, "code": 70}, where attempt 0 means any and a
+FAKE_REFUSAL, a file that, while it is there, makes saves fail with its text;
+FAKE_DEATHS, JSON list of {"attempt": 1, "step": 5, "rank": 0, "code": 70}, where attempt 0 means any and a
 negative code a signal.
 """
 
