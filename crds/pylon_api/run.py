@@ -64,6 +64,8 @@ class CheckpointReport(Report):
 
     step: int = Field(ge=0)
     """Optimizer step that it holds."""
+    attempt: int = Field(default=0, ge=0)
+    """Attempt that saved it; a later attempt's is newer whatever its step."""
     uri: str
     """Its directory."""
     committed_time: datetime | None = None
@@ -77,8 +79,10 @@ class SaveReport(Report):
 
     committed: int = Field(default=0, ge=0)
     """Checkpoints committed."""
+    failed: int = Field(default=0, ge=0)
+    """Checkpoints given up because a store or disk refused them."""
     failed_in_row: int = Field(default=0, ge=0)
-    """Checkpoints given up since the last commit, because a store or disk refused them."""
+    """Checkpoints given up since the last commit."""
     put_off: int = Field(default=0, ge=0)
     """Checkpoints that fell due while those before them were still being written, and so had to wait."""
     failure: str = ""

@@ -7,13 +7,36 @@ Limits that need a look at the data (vocabulary, files, devices) are the trainer
 from __future__ import annotations
 
 import enum
+import re
 from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from pylon_api.base import Spec, rule, rules
 
-Uri = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+_USERINFO = "://[^/@]*:[^/]*@"
+"""`user:password@` before the host. `container@account`, as Azure has it, holds no secret."""
+_USERINFO_REFUSED = (
+    "a URI must not hold a password, because everyone who may read the job would read it: "
+    "give the pods credentials from a Secret, as environment variables or a mounted file, by spec.template"
+)
+HIDDEN_INPUT = "hidden_input"
+"""Type of the validation errors whose input must not be shown."""
+
+
+def _refuse_userinfo(uri: str) -> str:
+    if re.search(_USERINFO, uri):
+        raise PydanticCustomError(HIDDEN_INPUT, _USERINFO_REFUSED)
+    return uri
+
+
+Uri = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=2048),
+    AfterValidator(_refuse_userinfo),
+    Field(json_schema_extra=rules(rule(f"!self.matches('{_USERINFO}')", _USERINFO_REFUSED))),
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 
@@ -410,13 +433,30 @@ class GatingSpec(Spec):
         return self
 
 
+_ONE_CHECKPOINT = "/(latest|step-[0-9]{12}-attempt-[0-9]{6}-[0-9a-f]{8})/*$"
+_TWO_CHECKPOINTS = "uri names a checkpoint already: leave out step, or give uri without its last part"
+
+
 class RestoreSpec(Spec):
     """A checkpoint of another run to start from."""
 
     uri: Uri
-    """Directory of the other run's checkpoints (its status.checkpoint.uri), any fsspec URI."""
+    """Any fsspec URI: of one checkpoint (the other job's status.checkpoint.uri), or of the directory that holds all of
+    a run's, for the newest committed one; a last part `latest` says the same in a word."""
     step: Count | None = None
-    """Step to start from. Unset: the newest committed one."""
+    """Committed step to start from, where uri is a run's directory. Unset: the newest."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(f"!has(self.step) || !self.uri.matches('{_ONE_CHECKPOINT}')", _TWO_CHECKPOINTS),
+        )
+    )
+
+    @model_validator(mode="after")
+    def _names_one_checkpoint(self) -> Self:
+        if self.step is not None and re.search(_ONE_CHECKPOINT, self.uri):
+            raise ValueError(_TWO_CHECKPOINTS)
+        return self
 
 
 class LocalCheckpointSpec(Spec):

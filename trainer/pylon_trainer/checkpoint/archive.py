@@ -215,6 +215,7 @@ class Archive:
     def _report(self, name: str, manifest: Manifest, marker: Marker) -> CheckpointReport:
         return CheckpointReport(
             step=manifest.step,
+            attempt=manifest.attempt,
             uri=f"{self.storage.uri}/{name}",
             committed_time=marker.committed_time,
             size_bytes=manifest.size_bytes,
@@ -255,9 +256,11 @@ class Archive:
 def open_other(uri: str) -> tuple[Archive, str | None]:
     """Checkpoints of another run, to look at only: from its directory, or from the directory of a single one.
 
-    Returns the name too when the URI is that of a single one.
+    Returns the name too when the URI is that of a single one. A last part `latest` is a word for people, as no store
+    holds an object of that name that could point at nothing: it means the newest of the directory.
     """
-    parent, _, name = uri.rstrip("/").rpartition("/")
+    uri = uri.rstrip("/").removesuffix("/latest")
+    parent, _, name = uri.rpartition("/")
     single = _NAME.fullmatch(name) is not None
     return Archive(Storage(parent if single else uri), attempt=0, keep=1), name if single else None
 
