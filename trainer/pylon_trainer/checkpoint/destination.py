@@ -41,13 +41,13 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a save ended, the same on every rank but for the report."""
+    """How a save ended, the same on every rank."""
 
     save: Save
-    report: CheckpointReport | None
-    """On a rank that committed it."""
-    error: TrainerError | None
-    """Why it was given up; None when it is committed."""
+    report: CheckpointReport
+    """What was committed; in full on a rank that did."""
+    error: TrainerError | None = None
+    """Why nothing was: the save was given up."""
 
     @property
     def seconds(self) -> float:
@@ -122,7 +122,7 @@ class Destination:
             return None
         answer = self._writer.answer(oldest.upload)
         self._end(oldest)
-        return Outcome(oldest.save, answer.report if isinstance(answer, Committed) else None, None)
+        return Outcome(oldest.save, answer.report if isinstance(answer, Committed) else self._describe(oldest.save))
 
     def abandon(self) -> None:
         """Give up all that is under way; what is half written stays for a later attempt to clean up."""
@@ -156,7 +156,7 @@ class Destination:
         if self._commits:
             self._writer.discard(self.uri, self._attempt, self._keep, oldest.save.name)
         self._end(oldest)
-        return Outcome(oldest.save, None, next(error for error in errors if error is not None))
+        return Outcome(oldest.save, self._describe(oldest.save), next(error for error in errors if error is not None))
 
     def _error(self, one: _UnderWay) -> TrainerError | None:
         """Why this rank cannot go on with a save."""
@@ -166,6 +166,9 @@ class Destination:
         if staged is not None and isinstance(staged.error, StorageError):
             return staged.error
         return answer.error if isinstance(answer, Failed) else None
+
+    def _describe(self, save: Save) -> CheckpointReport:
+        return CheckpointReport(step=save.step, attempt=self._attempt, uri=f"{self.uri}/{save.name}")
 
     def _end(self, oldest: _UnderWay) -> None:
         self._writer.forget(oldest.upload)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pylon_trainer.checkpoint.archive import Archive, Place
+from pylon_api.run import CheckpointReport
+from pylon_trainer.checkpoint.archive import Archive, Found, Place
 from pylon_trainer.checkpoint.layout import Layout
 from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest, Part, placeholders
 from pylon_trainer.checkpoint.state import join
@@ -44,9 +45,10 @@ class Shelf:
 class Restored:
     """A checkpoint whose tensors have been read."""
 
-    uri: str
+    report: CheckpointReport
+    """With the URI in the store if it is there too."""
     is_in_store: bool
-    """Whether every rank can still read it when a node is gone."""
+    """Whether it outlives the nodes."""
     manifest: Manifest
     replicated: dict[str, Any]
     own: dict[str, Any] | None
@@ -133,8 +135,11 @@ class _Reader:
 
     def read(self, targets: Mapping[str, Tensor], check: Callable[[Manifest, str], None]) -> Restored:
         """Everything, into the targets."""
-        uri, manifest = self._manifest()
-        check(manifest, uri)
+        found = self._load_first()
+        manifest, report = found.manifest, found.report
+        if self._is_in_store:
+            report = report.model_copy(update={"uri": self._uri(self._shelves[-1])})
+        check(manifest, report.uri)
         readers = self._share_out(manifest)
         replicated = {place["key"]: place for place in placeholders(manifest.replicated)}
         tensors = {key: targets[key] if key in targets else _empty(place) for key, place in replicated.items()}
@@ -154,36 +159,37 @@ class _Reader:
                         if rank == self._world.rank:
                             own_tensors[key] = tensor
         return Restored(
-            uri=uri,
+            report=report,
             is_in_store=self._is_in_store,
             manifest=manifest,
             replicated=join(manifest.replicated, tensors),
             own=join(manifest.own[self._world.rank], own_tensors) if is_same_size else None,
         )
 
-    def _manifest(self) -> tuple[str, Manifest]:
-        """Where the first whole copy is, and its manifest."""
+    def _load_first(self) -> Found:
+        """The first copy whose manifest is whole."""
         damage = ""
         for copy in self._copies:
-            found: tuple[str, Manifest | str] = ("", "")
-            if copy.rank == self._world.rank:
-                found = self._load(self._shelves[copy.shelf])
-            uri, manifest = self._world.broadcast(found, copy.rank)
-            if isinstance(manifest, Manifest):
-                return uri, manifest
-            damage = f"{uri}: {manifest}"
+            loaded = self._load(self._shelves[copy.shelf]) if copy.rank == self._world.rank else ""
+            found = self._world.broadcast(loaded, copy.rank)
+            if isinstance(found, Found):
+                return found
+            damage = found
         raise DamagedCheckpoint(damage)
 
-    def _load(self, shelf: Shelf) -> tuple[str, Manifest | str]:
-        uri = f"{shelf.archive.storage.uri}/{self._name}"
+    def _load(self, shelf: Shelf) -> Found | str:
+        """Or what is wrong with it."""
         try:
-            return uri, shelf.archive.load(self._name).manifest
+            return shelf.archive.load(self._name)
         except DamagedCheckpoint as damage:
-            return uri, str(damage)
+            return f"{self._uri(shelf)}: {damage}"
         except StorageError as error:
             if shelf.is_shared:
                 raise
-            return uri, str(error)  # a disk that fails is no reason to give up
+            return str(error)  # a disk that fails is no reason to give up
+
+    def _uri(self, shelf: Shelf) -> str:
+        return f"{shelf.archive.storage.uri}/{self._name}"
 
     def _share_out(self, manifest: Manifest) -> dict[str, _Copy]:
         """Who reads which file: a rank of a node that holds it, else from the store whoever's turn it is."""
@@ -204,7 +210,7 @@ class _Reader:
             elif self._is_in_store:
                 readers[file] = _Copy(len(self._shelves) - 1, turn % self._world.size)
             else:
-                raise DamagedCheckpoint(f"{self._shelves[0].archive.storage.uri}/{self._name}: no node holds {file}")
+                raise DamagedCheckpoint(f"{self._uri(self._shelves[0])}: no node holds {file}")
         return readers
 
     def _holds(self, shelf: Shelf, file: str, entry: FileEntry) -> bool:
@@ -234,18 +240,17 @@ class _Reader:
     ) -> dict[str, Tensor] | None:
         """From the first shelf that has it whole; None, with its damages, when none has."""
         for shelf in shelves:
-            storage = shelf.archive.storage
             try:
                 return _tensors(_read(shelf.archive, f"{self._name}/{file}", file, entry))
             except (DamagedCheckpoint, FileNotFoundError, EOFError) as damage:
                 reason = str(damage) if isinstance(damage, DamagedCheckpoint) else f"{file} is missing or cut"
-                damages.append(f"{storage.uri}/{self._name}: {reason}")
+                damages.append(f"{self._uri(shelf)}: {reason}")
                 if shelf.is_own:
                     shelf.archive.condemn(self._name, reason)
             except StorageError as error:
                 if shelf.is_shared:
                     raise
-                damages.append(f"{storage.uri}/{self._name}: {error}")  # a disk that fails is no reason to give up
+                damages.append(str(error))  # as in _load
         return None
 
     def _hand_out(self, target: Tensor, source: int, content: Tensor | None) -> None:

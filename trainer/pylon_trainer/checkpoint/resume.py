@@ -27,10 +27,10 @@ def resume(run: Run, shelves: Sequence[Shelf], notice: Callable[[str], None]) ->
     if restored is None:
         return None
     if not contents.go_on(run, restored.replicated, restored.manifest.own, restored.own):
-        notice(f"the data differs from that of {restored.uri}: it is read from its start")
+        notice(f"the data differs from that of {restored.report.uri}: it is read from its start")
     if restored.own is None:
         ranks = restored.manifest.ranks
-        logger.info(f"{restored.uri} is of {ranks} ranks, this run of {run.world.size}: generators begin anew")
+        logger.info(f"{restored.report.uri} is of {ranks} ranks, this run of {run.world.size}: generators begin anew")
     return restored, is_own
 
 

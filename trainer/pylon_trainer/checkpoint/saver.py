@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from pylon_api.run import SaveReport, TrainerPhase
 from pylon_api.training import CheckpointSpec
@@ -106,12 +107,11 @@ class Saver:
             found = resume(run, self._shelves, self._notice)
             if found is not None:
                 restored, is_own = found
-                self._board.update(restored_from=restored.uri)
-                if is_own and restored.report is not None:
+                self._board.update(restored_from=restored.report.uri)
+                if is_own and restored.is_in_store:
                     self._newest_step = run.step
                     self._board.saved(restored.report)
-                if run.world.rank == 0:
-                    logger.info(f"step={run.step} restored={restored.uri}")
+                self._log(f"step={run.step} restored={restored.report.uri}")
             self._pace = Pace(self._spec, run.config, run.step)
         self._board.update(phase=TrainerPhase.TRAINING, step=run.step, tokens=run.tokens)
         self._board.begin_step(run.step)
@@ -184,7 +184,7 @@ class Saver:
         self.release()
         while self._is_under_way:
             time.sleep(POLL_SECONDS)
-            is_over, *sums = world.agree(self._is_grace_over(), *self.votes())
+            is_over, *sums = world.agree(self._seconds_left() == 0, *self.votes())
             self._advance(sums[4:])
             if is_over and self._is_under_way:
                 for place in self._destinations:
@@ -250,14 +250,44 @@ class Saver:
         if place.is_store:
             self._ended = outcome
         step, seconds, error = outcome.save.step, outcome.seconds, outcome.error
+        report = self._report
         if error is not None:
-            self._tell(failed=self._report.failed + 1, failed_in_row=self._report.failed_in_row + 1, failure=str(error))
-            if self._run.world.rank == 0:
-                logger.warning(f"step={step} checkpoint given up after {seconds:.1f} s: {error}")
-            return
-        if not place.is_store:
-            return
-        self._pace.save_ended(seconds)
-        committed = self._report.committed + 1
-        self._tell(committed=committed, failed_in_row=0, failure="", write_seconds=seconds)
-        ...
+            self._tell(failed=report.failed + 1, failed_in_row=report.failed_in_row + 1, failure=str(error))
+            self._log(f"step={step} checkpoint given up after {seconds:.1f} s: {error}", logging.WARNING)
+        elif place.is_store:
+            self._pace.save_ended(seconds)
+            self._tell(committed=report.committed + 1, failed_in_row=0, failure="", write_seconds=seconds)
+            self._board.saved(outcome.report)
+            self._log(f"step={step} checkpoint={outcome.report.uri} bytes={outcome.report.size_bytes}")
+
+    @property
+    def _is_under_way(self) -> bool:
+        return any(place.under_way for place in self._destinations)
+
+    def _seconds_left(self) -> float | None:
+        """Of the grace; None while nobody asked to stop."""
+        age_seconds = self._stop.age_seconds
+        return None if age_seconds is None else max(0.0, self._grace_seconds - age_seconds)
+
+    def _tell(self, **changes: Any) -> None:
+        interval_steps = self._pace.interval_steps
+        self._report = self._report.model_copy(update={**changes, "interval_steps": interval_steps})
+        self._board.update(saves=self._report)
+
+    def _notice(self, notice: str) -> None:
+        self._board.add_notice(notice)
+        self._log(notice, logging.WARNING)
+
+    def _log(self, line: str, level: int = logging.INFO) -> None:
+        if self._run.world.rank == 0:
+            logger.log(level, line)
+
+
+def _open_slabs(file_bytes: int, spec: CheckpointSpec, run: Run) -> Slabs:
+    budget_bytes = spec.host_memory_bytes or default_budget_bytes(run.config.processes_per_node)
+    try:
+        return Slabs.open(file_bytes, budget_bytes, PART_BYTES, run.world.device)
+    except OSError as error:
+        raise ConfigError(
+            f"no host memory for checkpoints ({error.strerror}); lower training.checkpoint.hostMemoryBytes"
+        ) from error
