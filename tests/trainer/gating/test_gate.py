@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pylon_api.run import GateDecision, GateReport
 from pylon_api.training import GatingSpec
+from pylon_trainer.checkpoint.state import join, separate
 from pylon_trainer.gating.gate import Gate
 from pylon_trainer.gating.measurement import INTERVAL_STEPS
 from pylon_trainer.gating.ratio import PLAIN

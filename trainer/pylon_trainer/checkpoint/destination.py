@@ -14,9 +14,9 @@ from typing import Any
 
 from pylon_api.run import CheckpointReport
 from pylon_trainer.checkpoint.manifest import FileEntry, Manifest
+from pylon_trainer.checkpoint.orders import Committed, Durable, End, Failed
 from pylon_trainer.checkpoint.staged import Staged
-from pylon_trainer.checkpoint.writer import Committed, Durable, Failed
-from pylon_trainer.checkpoint.writer_process import WriterHandle
+from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.errors import StorageError, TrainerError
 from pylon_trainer.runtime.distributed import World
 
@@ -59,6 +59,8 @@ class _UnderWay:
     save: Save
     upload: int
     is_committing: bool = False
+    answer: End | None = None
+    """The writer's, to the file or then to the commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,16 @@ class Destination:
         """Saves that are neither committed nor given up."""
         return len(self._queue)
 
-    def begin(self, save: Save) -> int:
-        """Expect a save; returns the number under which the writer expects its parts."""
-        upload = self._writer.begin(self.uri, f"{save.name}/{save.file}", save.size_bytes)
+    def begin(self, save: Save, upload: int) -> None:
+        """Have the writer expect a save's parts under this number, never used before."""
+        self._writer.begin(upload, self.uri, f"{save.name}/{save.file}", save.size_bytes)
         self._queue.append(_UnderWay(save, upload))
-        return upload
+
+    def receive(self, end: End) -> None:
+        """What the writer says of some file or commit, perhaps one of these."""
+        for one in self._queue:
+            if one.upload == end.upload:
+                one.answer = end
 
     def votes(self) -> list[int]:
         """Whether this rank has done its part of what the oldest save now needs, and whether it failed; to be added up
@@ -105,10 +112,9 @@ class Destination:
         oldest = self._queue[0]
         if self._error(oldest) is not None:
             return [0, 1]
-        answer = self._writer.answer(oldest.upload)
         if oldest.is_committing:
-            return [int(isinstance(answer, Committed) or not self._commits), 0]
-        return [int(isinstance(answer, Durable)), 0]
+            return [int(isinstance(oldest.answer, Committed) or not self._commits), 0]
+        return [int(isinstance(oldest.answer, Durable)), 0]
 
     def heed(self, done: int, failed: int) -> Outcome | None:
         """Go on by all ranks' votes. Collective; returns how the oldest save ended when it did."""
@@ -120,23 +126,22 @@ class Destination:
         if not oldest.is_committing:
             self._commit(oldest)
             return None
-        answer = self._writer.answer(oldest.upload)
-        self._end(oldest)
+        self._queue.popleft()
+        answer = oldest.answer
         return Outcome(oldest.save, answer.report if isinstance(answer, Committed) else self._describe(oldest.save))
 
     def abandon(self) -> None:
         """Give up all that is under way; what is half written stays for a later attempt to clean up."""
         while self._queue:
-            self._writer.cancel(self._queue[0].upload)
-            self._end(self._queue[0])
+            self._writer.cancel(self._queue.popleft().upload)
 
     def _commit(self, oldest: _UnderWay) -> None:
-        save, answer = oldest.save, self._writer.answer(oldest.upload)
+        save, answer = oldest.save, oldest.answer
         assert isinstance(answer, Durable)
         receipts = self._world.gather(_Receipt(save.file, answer.entry, save.own))
         # Alike on all ranks but for measured times, and nodes that share a disk must commit the same.
         replicated = self._world.broadcast(save.replicated)
-        oldest.is_committing = True
+        oldest.is_committing, oldest.answer = True, None
         if self._commits:
             manifest = Manifest(
                 step=save.step,
@@ -155,21 +160,17 @@ class Destination:
         self._writer.cancel(oldest.upload)
         if self._commits:
             self._writer.discard(self.uri, self._attempt, self._keep, oldest.save.name)
-        self._end(oldest)
+        self._queue.popleft()
         return Outcome(oldest.save, self._describe(oldest.save), next(error for error in errors if error is not None))
 
     def _error(self, one: _UnderWay) -> TrainerError | None:
         """Why this rank cannot go on with a save."""
         if one.save.error is not None:
             return one.save.error
-        staged, answer = one.save.staged, self._writer.answer(one.upload)
+        staged, answer = one.save.staged, one.answer
         if staged is not None and isinstance(staged.error, StorageError):
             return staged.error
-        return answer.error if isinstance(answer, Failed) else None
+        return answer.error() if isinstance(answer, Failed) else None
 
     def _describe(self, save: Save) -> CheckpointReport:
         return CheckpointReport(step=save.step, attempt=self._attempt, uri=f"{self.uri}/{save.name}")
-
-    def _end(self, oldest: _UnderWay) -> None:
-        self._writer.forget(oldest.upload)
-        self._queue.popleft()

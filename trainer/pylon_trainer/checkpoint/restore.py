@@ -95,9 +95,7 @@ def restore(
     return None
 
 
-def _find(
-    world: World, shelves: Sequence[Shelf], wanted: Callable[[Place], bool]
-) -> list[tuple[Place, list[_Copy]]]:
+def _find(world: World, shelves: Sequence[Shelf], wanted: Callable[[Place], bool]) -> list[tuple[Place, list[_Copy]]]:
     """Committed checkpoints, newest first, each with its copies, nearest first. The same on every rank."""
     seen = [
         [one.place for one in shelf.archive.checkpoints() if one.is_committed and wanted(one.place)]
@@ -149,13 +147,13 @@ class _Reader:
         for files in _rounds(readers, self._world.size):
             contents = self._read_round(manifest, files, readers)
             for file in files:
-                source, content = readers[file].rank, contents.get(file)
+                source, content = readers[file].rank, contents.get(file, {})
                 for key in _keys_of(file, replicated):
-                    self._hand_out(tensors[key], source, content and content[key])
+                    self._hand_out(tensors[key], source, content.get(key))
                 for rank, places in enumerate(own):
                     for key in _keys_of(file, places):
                         tensor = _empty(places[key])
-                        self._hand_out(tensor, source, content and content[key])
+                        self._hand_out(tensor, source, content.get(key))
                         if rank == self._world.rank:
                             own_tensors[key] = tensor
         return Restored(
@@ -277,7 +275,7 @@ def _read(archive: Archive, path: str, file: str, entry: FileEntry) -> Tensor:
         had = "is missing" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.size_bytes}"
         raise DamagedCheckpoint(f"{file} {had}")
     data = torch.empty(entry.size_bytes, dtype=torch.uint8)
-    buffer = memoryview(data.numpy())
+    buffer = _memory(data)
 
     def read_part(part: Part) -> None:
         view = buffer[part.offset : part.offset + part.length]
@@ -291,11 +289,15 @@ def _read(archive: Archive, path: str, file: str, entry: FileEntry) -> Tensor:
 
 def _tensors(data: Tensor) -> dict[str, Tensor]:
     """The tensors of a file, as views of its bytes."""
-    places = Layout.parse(memoryview(data.numpy())).places
+    places = Layout.parse(_memory(data)).places
     return {
         key: data[place.offset : place.offset + place.size_bytes].view(getattr(torch, place.dtype)).view(place.shape)
         for key, place in places.items()
     }
+
+
+def _memory(data: Tensor) -> memoryview:
+    return data.numpy().data
 
 
 def _empty(place: Mapping[str, Any]) -> Tensor:

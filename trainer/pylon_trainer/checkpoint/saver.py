@@ -29,7 +29,7 @@ from pylon_trainer.checkpoint.share import Divider, Share
 from pylon_trainer.checkpoint.slab import Slabs, default_budget_bytes
 from pylon_trainer.checkpoint.staging import Staging
 from pylon_trainer.checkpoint.storage import Storage
-from pylon_trainer.checkpoint.writer_process import open_writer
+from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.errors import ConfigError, PeerLost, Stopped, StorageError
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.signals import StopFlag
@@ -68,6 +68,8 @@ class Saver:
         self._ended: Outcome | None = None
         """How the last save for the store ended."""
         self._was_quiet = True
+        self._stall_seconds: float | None = None
+        """Of a save whose tensors are still being copied."""
         self._destinations: list[Destination] = []
         if self._spec is not None:
             self._open(self._spec)
@@ -79,14 +81,15 @@ class Saver:
         self._slabs = _open_slabs(self._share().layout.size_bytes, spec, self._run)
         for line in self._slabs.notices:
             self._notice(line)
-        self._writer = open_writer(self._slabs.arena)
+        store, local = config.checkpoint_directory, config.local_checkpoint_directory
+        places = [(store, spec.keep, world.rank == 0, True)] if store is not None else []
+        if spec.local is not None and local is not None:  # the nearest first
+            places.insert(0, (local, spec.local.keep, is_first_of_node, False))
+        self._writer = WriterHandle.open(self._slabs.arena, [directory for directory, *_ in places])
         self._staging = Staging(world.device, self._slabs, self._writer)
+        self._uploads = itertools.count()
         self._shelves: list[Shelf] = []
-        places = [(config.checkpoint_directory, spec.keep, world.rank == 0, True)]
-        if spec.local is not None:  # the nearest first
-            places.insert(0, (config.local_checkpoint_directory, spec.local.keep, is_first_of_node, False))
         for directory, keep, commits, is_store in places:
-            assert directory is not None
             archive = Archive(Storage(directory), attempt, keep)
             self._shelves.append(Shelf(archive, is_shared=is_store, lists=commits))
             self._destinations.append(
@@ -123,13 +126,16 @@ class Saver:
         """
         if not self._destinations:
             return []
+        for end in self._writer.poll():
+            for place in self._destinations:
+                place.receive(end)
         step, is_first = self._run.step + 1, self._run.world.rank == 0
         due = self._pace.due(step) if is_first else Reach.NOWHERE
         is_busy = not self._slabs.has_free or any(place.under_way >= MAX_UNDER_WAY for place in self._destinations)
-        is_new = self._newest_step is None or self._is_asked_after(self._newest_step)
+        is_on_its_way = self._newest_step is not None and self._newest_step >= self._requested_step
         nonce = secrets.randbits(32) if is_first else 0
         progress = itertools.chain.from_iterable(place.votes() for place in self._destinations)
-        return [int(is_asked and is_new), due, nonce, int(is_busy), *progress]
+        return [int(is_asked and not is_on_its_way), due, nonce, int(is_busy), *progress]
 
     def heed(self, sums: Sequence[int], *, is_last: bool) -> None:
         """Go on with the saves under way, and decide what begins at the end of this step. Collective.
@@ -165,9 +171,9 @@ class Saver:
             return
         began = time.monotonic()
         self._staging.release()
-        if self._stalled is not None:
-            self._tell(stall_seconds=self._stalled + time.monotonic() - began)
-            self._stalled = None
+        if self._stall_seconds is not None:
+            self._tell(stall_seconds=self._stall_seconds + time.monotonic() - began)
+            self._stall_seconds = None
 
     def finish(self) -> None:
         """Save this step if it is not, and wait until all is committed. Collective.
@@ -228,7 +234,9 @@ class Saver:
         )
         places = [place for place in self._destinations if reach is Reach.STORE or not place.is_store]
         has_memory = self._staging.wait_for_slab(self._seconds_left())
-        uploads = [place.begin(save) for place in places]
+        uploads = [next(self._uploads) for _ in places]
+        for place, upload in zip(places, uploads, strict=True):
+            place.begin(save, upload)
         if has_memory:
             save.staged = self._staging.begin(share.tensors, share.layout, uploads)
         else:
@@ -236,7 +244,7 @@ class Saver:
         if reach is Reach.STORE:
             self._newest_step = run.step
             self._pace.save_began(run.step)
-        self._stalled = time.monotonic() - began
+        self._stall_seconds = time.monotonic() - began
 
     def _advance(self, progress: Sequence[int]) -> None:
         for place, done, failed in zip(self._destinations, progress[::2], progress[1::2], strict=True):
@@ -259,6 +267,11 @@ class Saver:
             self._tell(committed=report.committed + 1, failed_in_row=0, failure="", write_seconds=seconds)
             self._board.saved(outcome.report)
             self._log(f"step={step} checkpoint={outcome.report.uri} bytes={outcome.report.size_bytes}")
+
+    @property
+    def _requested_step(self) -> int:
+        """That somebody wants saved, at least."""
+        return self._board.status.checkpoint_requested_step or 0
 
     @property
     def _is_under_way(self) -> bool:
