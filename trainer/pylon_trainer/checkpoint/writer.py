@@ -50,7 +50,7 @@ class Writer:
         self._ended = threading.Condition()
 
     def handle(self, order: Order) -> None:
-        """Begin with an order. Called from one thread."""
+        """Begin with an order. Any thread may call."""
         match order:
             case Begin():
                 target = self._target(order.uri)
@@ -79,9 +79,10 @@ class Writer:
         return are_gone
 
     def _target(self, uri: str) -> _Target:
-        if uri not in self._targets:
-            self._targets[uri] = _Target(uri)
-        return self._targets[uri]
+        with self._ended:
+            if uri not in self._targets:
+                self._targets[uri] = _Target(uri)
+            return self._targets[uri]
 
     def _end(self, upload: int) -> None:
         with self._ended:
