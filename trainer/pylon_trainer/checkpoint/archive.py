@@ -87,9 +87,12 @@ class Archive:
         """Leave word that this attempt has begun, so that an older one which still runs commits nothing more."""
         self._write_claim(self._hinted())
 
-    def new_name(self, step: int) -> str:
-        """A directory that no other save will ever use, not even one of the same step and attempt."""
-        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.token_hex(4)}"
+    def new_name(self, step: int, nonce: int | None = None) -> str:
+        """A directory that no other save will ever use, not even one of the same step and attempt.
+
+        nonce: 32 bits that ranks agreed on, so that all come to the same name.
+        """
+        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.randbits(32) if nonce is None else nonce:08x}"
 
     def commit(self, name: str, manifest: Manifest) -> CheckpointReport:
         """Make a checkpoint count whose files are all durable.
@@ -224,6 +227,7 @@ class Archive:
     def _report(self, name: str, manifest: Manifest, marker: Marker) -> CheckpointReport:
         return CheckpointReport(
             step=manifest.step,
+            attempt=manifest.attempt,
             uri=f"{self.storage.uri}/{name}",
             committed_time=marker.committed_time,
             size_bytes=manifest.size_bytes,
@@ -265,9 +269,11 @@ class Archive:
 def open_other(uri: str) -> tuple[Archive, str | None]:
     """Checkpoints of another run, to look at only: from its directory, or from the directory of a single one.
 
-    Returns the name too when the URI is that of a single one.
+    Returns the name too when the URI is that of a single one. A last part `latest` is a word for people, as no store
+    holds an object of that name that could point at nothing: it means the newest of the directory.
     """
-    parent, _, name = uri.rstrip("/").rpartition("/")
+    uri = uri.rstrip("/").removesuffix("/latest")
+    parent, _, name = uri.rpartition("/")
     single = _NAME.fullmatch(name) is not None
     return Archive(Storage(parent if single else uri), attempt=0, keep=1), name if single else None
 

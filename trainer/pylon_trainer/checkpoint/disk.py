@@ -52,8 +52,6 @@ class DiskUpload:
     look clean to a second one.
     """
 
-    in_order = False
-
     def __init__(self, path: Path, uri: str, size_bytes: int) -> None:
         """FileExistsError is a StorageError here: every save has names of its own."""
         self._path = path

@@ -121,8 +121,6 @@ class Bucket:
 class S3Upload:
     """An object sent in parts of PART_BYTES; one that is no longer than a part goes in a single request."""
 
-    in_order = False
-
     def __init__(self, bucket: Bucket, key: str, size_bytes: int, patience: Patience) -> None:
         self._bucket = bucket
         self._key = key
@@ -164,7 +162,7 @@ class S3Upload:
             return self._upload_id
 
     def _make(self, request: Callable[[dict[str, str]], object]) -> None:
-        """A request whose answer was lost may have been done: the next try then finds the object there, or no upload."""
+        """A request whose answer was lost may have been done: the next try finds the object there, or no upload."""
         tries = iter(range(1_000))
 
         def once() -> None:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from pylon_trainer.checkpoint.retries import explained
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 
 class Upload(Protocol):
     """One file on its way. Each method raises StorageError or ConfigError, after which only abort may be called."""
-
-    @property
-    def in_order(self) -> bool:
-        """Whether parts that come early wait for those before them."""
 
     def put(self, offset: int, data: memoryview) -> None:
         """Send a part: PART_BYTES of the file from a multiple of that on, or all that is left. Any thread may; the
@@ -35,8 +30,6 @@ class StreamUpload:
 
     Nothing is tried again here: a stream cannot go back, and the clients of such stores try their own blocks again.
     """
-
-    in_order = True
 
     def __init__(self, fs: AbstractFileSystem, path: str, uri: str, size_bytes: int) -> None:
         self._fs = fs
@@ -74,7 +67,7 @@ class StreamUpload:
 
     def abort(self) -> None:
         with explained("remove", self._uri), contextlib.suppress(FileNotFoundError):
-            if hasattr(self._file, "discard"):
+            if isinstance(self._file, AbstractBufferedFile):
                 self._file.discard()
-            self._file.closed = True  # else the garbage collector would close it, and so complete it
+                self._file.closed = True  # else the garbage collector would close it, and so complete it
             self._fs.rm(self._path)
