@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pylon_api.run import CheckpointReport
 from pylon_trainer.checkpoint.archive import Archive, Found
 from pylon_trainer.checkpoint.audit import audit
-from pylon_trainer.checkpoint.manifest import FileEntry, Manifest, checksum
+from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest, checksum
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.errors import PeerLost, StorageError
 
@@ -69,12 +69,20 @@ class Run:
         return report
 
 
-def restore(
-    storage: Storage, told: Callable[[str], None] = lambda _: None, attempt: int = 3, **wanted: Any
-) -> Found | None:
+def offered(archive: Archive, told: Callable[[str], None]) -> Iterator[Found]:
+    """What a restore would be offered, newest first; told of what is damaged already by its manifest."""
+    for listed in archive.checkpoints():
+        if listed.is_committed:
+            try:
+                yield archive.load(listed.name)
+            except DamagedCheckpoint as damage:
+                told(f"passed over {archive.storage.uri}/{listed.name}: {damage}")
+
+
+def restore(storage: Storage, told: Callable[[str], None] = lambda _: None, attempt: int = 3) -> Found | None:
     """The newest whole checkpoint, every byte of it read and compared with what was saved."""
     archive = Archive(storage, attempt, keep=2)
-    for found in archive.candidates(told, **wanted):
+    for found in offered(archive, told):
         damages = list(audit(storage, found))
         if damages:
             archive.condemn(found.name, damages[0])

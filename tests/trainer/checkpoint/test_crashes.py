@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from faulty_storage import WHEN, FaultyStorage, die, refuse
 from gangs import fork
-from saved_checkpoints import Run, places, restore
+from saved_checkpoints import Run, offered, places, restore
 
 from pylon_trainer.checkpoint.audit import audit
 from pylon_trainer.checkpoint.storage import Storage
@@ -77,8 +77,8 @@ def check_that_the_newest_is_whole(directory: Path, storage: Storage) -> None:
     under_way = next((save for save in STORY if save not in known), None)
     assert newest in ((known[-1] if known else None), under_way)
     assert all("COMMITTED" in line for line in told)  # a marker that was cut is the only thing to pass over
-    for offered in Run(storage, 3).archive.candidates(told.append):
-        assert list(audit(storage, offered)) == []
+    for each in offered(Run(storage, 3).archive, told.append):
+        assert list(audit(storage, each)) == []
 
 
 def check_that_the_next_save_works_and_cleans_up(storage: Storage) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -157,25 +157,6 @@ class Archive:
         listed = [Listed(place, self._is_committed(place.name)) for place in _places(names)]
         hinted = [Listed(place, True) for place in _places(set(self._hinted()) - set(names))]
         return sorted(listed + hinted, key=lambda one: one.place, reverse=True)
-
-    def candidates(
-        self, passed_over: Callable[[str], None], step: int | None = None, name: str | None = None
-    ) -> Iterator[Found]:
-        """Committed checkpoints, newest first; only those of a step, or the one of a name, when that is given.
-
-        passed_over: told, in one line each, of committed ones whose manifest is damaged.
-        """
-        seen: set[str] = set()
-        # Again when all are used up: an attempt that still runs may have committed, and removed what was offered here.
-        while fresh := [one for one in self.checkpoints() if one.is_committed and one.name not in seen]:
-            for listed in fresh:
-                seen.add(listed.name)
-                if step not in (None, listed.place.step) or name not in (None, listed.name):
-                    continue
-                try:
-                    yield self.load(listed.name)
-                except DamagedCheckpoint as damage:
-                    passed_over(f"passed over {self.storage.uri}/{listed.name}: {damage}")
 
     def load(self, name: str) -> Found:
         """What a committed checkpoint's manifest tells.
