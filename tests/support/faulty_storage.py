@@ -100,7 +100,6 @@ class FaultyUpload:
     def __init__(self, storage: FaultyStorage, upload: Upload) -> None:
         self._storage = storage
         self._upload = upload
-        self.in_order = upload.in_order
 
     def put(self, offset: int, data: memoryview) -> None:
         half = data[: len(data) // 2]
