@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+
 import pytest
 
 from pylon_trainer.checkpoint.retries import RETRY_DELAYS_SECONDS, RETRY_TOTAL_SECONDS, Patience, translated
