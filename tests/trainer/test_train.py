@@ -32,10 +32,10 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, act: Call
     """Have one rank do something just before its part of a step (from 1), while its peers go on."""
     advance = Run.advance
 
-    def patched(run: Run, batch: Batch, global_tokens: int) -> Any:
+    def patched(run: Run, *arguments: Any) -> Any:
         if run.step + 1 == step and run.world.rank == rank:
             act()
-        return advance(run, batch, global_tokens)
+        return advance(run, *arguments)
 
     monkeypatch.setattr(Run, "advance", patched)
 
