@@ -96,7 +96,7 @@ def prune(uri: str, keep: int, yes: bool) -> None:
     with errors_for_people():
         archive, name = _open(uri)
         if name:
-            raise click.BadParameter(f"{uri} is a single checkpoint; give its job's directory", param_hint="URI")
+            raise click.ClickException(f"{uri} is a single checkpoint; give its job's directory")
         newest_attempt = max((listed.place.attempt for listed in archive.checkpoints()), default=0)
         archive = Archive(archive.storage, newest_attempt, keep)
         superfluous = archive.superfluous()
@@ -123,7 +123,8 @@ def _committed(archive: Archive, name: str | None) -> list[Listed]:
     """At least one, newest first."""
     found = [listed for listed in archive.checkpoints() if listed.is_committed and name in (None, listed.name)]
     if not found:
-        raise click.ClickException(f"{archive.storage.uri}/{name or ''} has no committed checkpoint")
+        where = f"{archive.storage.uri}/{name} is" if name else f"{archive.storage.uri} has"
+        raise click.ClickException(f"{where} no committed checkpoint")
     return found
 
 

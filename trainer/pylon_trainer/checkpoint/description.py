@@ -68,7 +68,7 @@ def facts(found: Found) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], now: datetime) -> Iterator[str]:
-    """Lines of aligned columns, with an age beside each time; only the head when there are no rows."""
+    """Lines of aligned columns, with an age beside each time; none when there are no rows."""
     cells = [_cells(row, now) for row in rows]
     heads = list(cells[0]) if cells else []
     widths = {head: max(len(head), *(len(row[head]) for row in cells)) for head in heads}
