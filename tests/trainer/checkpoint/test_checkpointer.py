@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from gangs import fork, wait
-
 from pylon_trainer.checkpoint.checkpointer import Checkpointer, open_other
+
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.errors import PeerLost, StorageError
 

@@ -83,9 +83,12 @@ class Archive:
         """Leave word that this attempt has begun, so that an older one which still runs commits nothing more."""
         self._write_claim(self._hinted())
 
-    def new_name(self, step: int) -> str:
-        """A directory that no other save will ever use, not even one of the same step and attempt."""
-        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.token_hex(4)}"
+    def new_name(self, step: int, nonce: int | None = None) -> str:
+        """A directory that no other save will ever use, not even one of the same step and attempt.
+
+        nonce: 32 bits that ranks agreed on, so that all come to the same name.
+        """
+        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.randbits(32) if nonce is None else nonce:08x}"
 
     def commit(self, name: str, manifest: Manifest) -> CheckpointReport:
         """Make a checkpoint count whose files are all durable.
