@@ -177,6 +177,28 @@ def test_a_dead_node_holds_up_neither_job_nor_next_attempt(
     assert restored_step(nodes.logs(namespace, rank_zero)) >= committed
 
 
+def test_a_pod_that_is_told_to_go_saves_first(
+    apply: Apply, control_plane: Cluster, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+) -> None:
+    """The whole gang does, at one agreed step, within the grace of the one pod."""
+    nodes.add("node-0", gpus=8)
+    job_manifest = manifest(text, tmp_path, steps=ENDLESS, nodes=2)
+    job_manifest["spec"]["training"]["checkpoint"]["intervalSteps"] = 0
+    job = apply(job_manifest)
+    job.wait_for_step(20)
+
+    victim = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a1-1"))
+    control_plane.kubectl("--namespace", namespace, "delete", "pod", victim, "--wait=false")
+
+    job.wait(lambda seen: seen.status.attempt == 2 and seen.status.checkpoint, "attempt 2 knows of the checkpoint")
+    checkpoint = job.seen.status.checkpoint
+    assert checkpoint is not None
+    assert checkpoint.attempt == 1
+    job.wait_for_step(checkpoint.step + 1)
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
+    assert restored_step(nodes.logs(namespace, rank_zero)) == checkpoint.step >= 20
+
+
 def test_suspend_saves_first_and_resume_goes_on(
     apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
 ) -> None:
