@@ -49,9 +49,8 @@ class Outcome:
     error: TrainerError | None = None
     """Why nothing was: the save was given up."""
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.save.begin_time
+    seconds: float = 0.0
+    """From its beginning."""
 
 
 @dataclass(slots=True)
@@ -126,9 +125,7 @@ class Destination:
         if not oldest.is_committing:
             self._commit(oldest)
             return None
-        self._queue.popleft()
-        answer = oldest.answer
-        return Outcome(oldest.save, answer.report if isinstance(answer, Committed) else self._describe(oldest.save))
+        return self._end(oldest, None)
 
     def abandon(self) -> None:
         """Give up all that is under way; what is half written stays for a later attempt to clean up."""
@@ -160,8 +157,7 @@ class Destination:
         self._writer.cancel(oldest.upload)
         if self._commits:
             self._writer.discard(self.uri, self._attempt, self._keep, oldest.save.name)
-        self._queue.popleft()
-        return Outcome(oldest.save, self._describe(oldest.save), next(error for error in errors if error is not None))
+        return self._end(oldest, next(error for error in errors if error is not None))
 
     def _error(self, one: _UnderWay) -> TrainerError | None:
         """Why this rank cannot go on with a save."""
@@ -172,5 +168,10 @@ class Destination:
             return staged.error
         return answer.error() if isinstance(answer, Failed) else None
 
-    def _describe(self, save: Save) -> CheckpointReport:
-        return CheckpointReport(step=save.step, attempt=self._attempt, uri=f"{self.uri}/{save.name}")
+    def _end(self, oldest: _UnderWay, error: TrainerError | None) -> Outcome:
+        self._queue.popleft()
+        save, answer = oldest.save, oldest.answer
+        report = CheckpointReport(step=save.step, attempt=self._attempt, uri=f"{self.uri}/{save.name}")
+        if isinstance(answer, Committed):
+            report = answer.report
+        return Outcome(save, report, error, time.monotonic() - save.begin_time)
