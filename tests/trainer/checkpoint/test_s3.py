@@ -251,15 +251,15 @@ def test_refused_credentials_are_told_without_them_and_not_tried_again(
     for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
         echo = f"you sent {' and '.join(secrets)}"
         s3.faults.append(Refuse(method=method, times=ALWAYS, status=403, code="SignatureDoesNotMatch", message=echo))
-    with pytest.raises(ConfigError, match="credentials missing or refused .*; give them to the pods from a Secret") as e:
+    with pytest.raises(
+        ConfigError, match="credentials missing or refused .*; give them to the pods from a Secret"
+    ) as e:
         act(storage)
     assert not any(secret in str(e.value) for secret in secrets)
     assert waits == []
 
 
-def test_credentials_come_from_a_mounted_file(
-    s3: FaultyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_credentials_come_from_a_mounted_file(s3: FaultyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(ConfigError, match="credentials missing or refused"):
