@@ -128,7 +128,10 @@ class Archive:
         Never anything of a newer attempt, and never anything newer than the newest whole one.
         """
         kept, found = 0, []
-        for listed in self.checkpoints():
+        listings = self.checkpoints()
+        hidden = _places(set(self._begun()) - {listed.name for listed in listings})
+        listings += [Listed(place, is_committed=False) for place in hidden]
+        for listed in sorted(listings, key=lambda one: one.place, reverse=True):
             if listed.is_committed and kept < self._keep and self._is_whole(listed.name):
                 kept += 1
             elif kept > 0 and listed.place.attempt <= self._attempt:
@@ -143,8 +146,9 @@ class Archive:
     def remove(self, name: str) -> None:
         """Remove a checkpoint. The marker goes first, so that a removal cut short leaves nothing that looks whole."""
         self.storage.remove(f"{name}/{COMMITTED}")
-        self.storage.abandon_uploads(name)
         self.storage.remove(name)
+        with _told_not_raised(f"cannot drop unfinished uploads below {self.storage.uri}/{name}"):
+            self.storage.abandon_uploads(name)
 
     def condemn(self, name: str, reason: str) -> None:
         """Note that a file of this one proved damaged, so that it never pushes out a whole one."""
@@ -194,6 +198,12 @@ class Archive:
             return self.load(name).report
         except DamagedCheckpoint as damage:
             raise StorageError(f"{self.storage.uri}/{name} cannot be committed: {damage}") from damage
+
+    def _begun(self) -> list[str]:
+        """Names that hold unfinished uploads, as far as this job may know."""
+        with _told_not_raised(f"cannot list unfinished uploads below {self.storage.uri}"):
+            return self.storage.unfinished()
+        return []
 
     def _is_whole(self, name: str) -> bool:
         """As far as that shows without reading its files."""
