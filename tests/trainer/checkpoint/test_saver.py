@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gangs import Pod, run_gang, run_pod, save_at_once, start_gang, write_within
 
 from pylon_api.names import ExitCode
+from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.disk import DiskUpload
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.checkpoint.storage import Storage
@@ -22,6 +24,7 @@ from pylon_trainer.checkpoint.writer_process import WriterProcess
 from pylon_trainer.errors import StorageError
 from pylon_trainer.gating import gate, measurement
 from pylon_trainer.run import Run
+from pylon_trainer.runtime.seeds import reseed
 
 MakeConfig = Callable[..., dict[str, Any]]
 GATING = {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}
@@ -266,6 +269,27 @@ def test_while_a_store_is_slow_one_save_waits_and_holds_the_newest_step(
     assert committed(checkpoints) == [1, 2, 41]
     assert pod.final.saves is not None
     assert pod.final.saves.put_off == 1
+
+
+def test_an_attempt_that_a_newer_one_has_replaced_leaves_without_a_commit(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at_once(monkeypatch)
+    before_steps(monkeypatch, lambda run: run.step == 4 and Archive(Storage(str(checkpoints)), 2, 2).claim())
+    exit_code, pod = run_pod(tmp_path, make_config())
+    assert exit_code == ExitCode.PEER_LOST, pod.log
+    assert pod.report.message == "attempt 2 has begun, so attempt 1 commits nothing more"
+    assert committed(checkpoints) == [3]
+
+
+def test_generators_of_another_number_of_ranks_are_seeded_alike_every_time() -> None:
+    def draw(seed: int, rank: int, step: int) -> list[float]:
+        reseed(seed, rank, step)
+        return [float(number) for number in torch.rand(3)]
+
+    numbers = [draw(*place) for place in ((0, 0, 5), (0, 1, 5), (0, 0, 6), (1, 0, 5))]
+    assert len({tuple(drawn) for drawn in numbers}) == 4
+    assert draw(0, 1, 5) == numbers[1]
 
 
 @pytest.mark.slow

@@ -80,8 +80,8 @@ class Archive:
 
     def __init__(self, storage: Storage, attempt: int, keep: int) -> None:
         self.storage = storage
-        self._attempt = attempt
-        self._keep = keep
+        self.attempt = attempt
+        self.keep = keep
 
     def claim(self) -> None:
         """Leave word that this attempt has begun, so that an older one which still runs commits nothing more."""
@@ -92,7 +92,7 @@ class Archive:
 
         nonce: 32 bits that ranks agreed on, so that all come to the same name.
         """
-        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.randbits(32) if nonce is None else nonce:08x}"
+        return f"step-{step:012d}-attempt-{self.attempt:06d}-{secrets.randbits(32) if nonce is None else nonce:08x}"
 
     def commit(self, name: str, manifest: Manifest) -> CheckpointReport:
         """Make a checkpoint count whose files are all durable.
@@ -119,7 +119,7 @@ class Archive:
         with _told_not_raised(f"cannot clean up {self.storage.uri}"):
             for superfluous in self.superfluous():
                 self.remove(superfluous.name)
-            for older in (attempt for attempt in self._claims() if attempt < self._attempt):
+            for older in (attempt for attempt in self._claims() if attempt < self.attempt):
                 self.storage.remove(_claim(older))
 
     def superfluous(self) -> list[Listed]:
@@ -132,9 +132,9 @@ class Archive:
         hidden = _places(set(self._begun()) - {listed.name for listed in listings})
         listings += [Listed(place, is_committed=False) for place in hidden]
         for listed in sorted(listings, key=lambda one: one.place, reverse=True):
-            if listed.is_committed and kept < self._keep and self._is_whole(listed.name):
+            if listed.is_committed and kept < self.keep and self._is_whole(listed.name):
                 kept += 1
-            elif kept > 0 and listed.place.attempt <= self._attempt:
+            elif kept > 0 and listed.place.attempt <= self.attempt:
                 found.append(listed)
         return found
 
@@ -225,25 +225,25 @@ class Archive:
         )
 
     def _refuse_if_superseded(self) -> None:
-        newest = max([self._attempt, *self._claims()])
-        if newest == self._attempt and self.storage.size(_claim(self._attempt + 1)) is not None:
+        newest = max([self.attempt, *self._claims()])
+        if newest == self.attempt and self.storage.size(_claim(self.attempt + 1)) is not None:
             newest += 1  # the listing lags
-        if newest > self._attempt:
-            raise PeerLost(f"attempt {newest} has begun, so attempt {self._attempt} commits nothing more")
+        if newest > self.attempt:
+            raise PeerLost(f"attempt {newest} has begun, so attempt {self.attempt} commits nothing more")
 
     def _claims(self) -> list[int]:
         """Attempts that have begun, as far as the listing tells."""
         return [int(match["attempt"]) for match in map(_CLAIM.fullmatch, self.storage.names(_CLAIMS)) if match]
 
     def _write_claim(self, names: Iterable[str]) -> None:
-        self.storage.write(_claim(self._attempt), "".join(f"{name}\n" for name in names).encode())
+        self.storage.write(_claim(self.attempt), "".join(f"{name}\n" for name in names).encode())
 
     def _hinted(self) -> list[str]:
         """Committed checkpoints that claims name, newest first, down to the newest attempt that committed any.
 
         The latest claims are looked for by their names, because a listing may not show them yet.
         """
-        latest = range(self._attempt, max(0, self._attempt - _LOOK_BACK), -1)
+        latest = range(self.attempt, max(0, self.attempt - _LOOK_BACK), -1)
         found: set[Place] = set()
         for attempt in sorted({*latest, *self._claims()}, reverse=True):
             try:
@@ -254,7 +254,7 @@ class Archive:
             found |= hints
             if any(place.attempt == attempt for place in hints):
                 break
-        return [place.name for place in sorted(found, reverse=True)[: self._keep]]
+        return [place.name for place in sorted(found, reverse=True)[: self.keep]]
 
 
 def open_other(uri: str) -> tuple[Archive, str | None]:

@@ -97,18 +97,22 @@ def restore(
 
 def _find(world: World, shelves: Sequence[Shelf], wanted: Callable[[Place], bool]) -> list[tuple[Place, list[_Copy]]]:
     """Committed checkpoints, newest first, each with its copies, nearest first. The same on every rank."""
-    seen = [
-        [one.place for one in shelf.archive.checkpoints() if one.is_committed and wanted(one.place)]
-        if shelf.lists
-        else []
-        for shelf in shelves
-    ]
+    seen = [[place for place in _list(shelf) if wanted(place)] if shelf.lists else [] for shelf in shelves]
     copies: dict[Place, list[_Copy]] = {}
     for rank, by_shelf in enumerate(world.gather(seen)):
         for shelf, places in enumerate(by_shelf):
             for place in places:
                 copies.setdefault(place, []).append(_Copy(shelf, rank))
     return [(place, sorted(copies[place])) for place in sorted(copies, reverse=True)]
+
+
+def _list(shelf: Shelf) -> list[Place]:
+    try:
+        return [listed.place for listed in shelf.archive.checkpoints() if listed.is_committed]
+    except StorageError:
+        if shelf.is_shared:
+            raise
+        return []  # a disk that fails is no reason to give up
 
 
 class _Reader:
@@ -184,7 +188,7 @@ class _Reader:
         except StorageError as error:
             if shelf.is_shared:
                 raise
-            return str(error)  # a disk that fails is no reason to give up
+            return str(error)  # as in _list
 
     def _uri(self, shelf: Shelf) -> str:
         return f"{shelf.archive.storage.uri}/{self._name}"
@@ -248,7 +252,7 @@ class _Reader:
             except StorageError as error:
                 if shelf.is_shared:
                     raise
-                damages.append(str(error))  # as in _load
+                damages.append(str(error))  # as in _list
         return None
 
     def _hand_out(self, target: Tensor, source: int, content: Tensor | None) -> None:

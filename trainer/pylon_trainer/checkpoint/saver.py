@@ -82,26 +82,21 @@ class Saver:
     def _open(self, spec: CheckpointSpec) -> None:
         config, world = self._run.config, self._run.world
         attempt, is_first_of_node = config.attempt, world.rank % config.processes_per_node == 0
+        store, local = config.checkpoint_directory, config.local_checkpoint_directory
+        self._shelves: list[Shelf] = []  # the nearest first
+        if spec.local is not None and local is not None:
+            archive = Archive(Storage(local), attempt, spec.local.keep)
+            self._shelves.append(Shelf(archive, is_shared=False, lists=is_first_of_node))
+        if store is not None:
+            self._shelves.append(Shelf(Archive(Storage(store), attempt, spec.keep), True, lists=world.rank == 0))
         self._divider = Divider(world.rank, world.size)
         self._slabs = _open_slabs(self._share().layout.size_bytes, spec, self._run)
         for line in self._slabs.notices:
             self._ledger.notice(line)
-        store, local = config.checkpoint_directory, config.local_checkpoint_directory
-        places = [(store, spec.keep, world.rank == 0, True)] if store is not None else []
-        if spec.local is not None and local is not None:  # the nearest first
-            places.insert(0, (local, spec.local.keep, is_first_of_node, False))
-        self._writer = WriterHandle.open(self._slabs.arena, [directory for directory, *_ in places])
+        self._writer = WriterHandle.open(self._slabs.arena, [shelf.archive.storage.uri for shelf in self._shelves])
         self._staging = Staging(world.device, self._slabs, self._writer)
         self._uploads = itertools.count()
-        self._shelves: list[Shelf] = []
-        for directory, keep, commits, is_store in places:
-            archive = Archive(Storage(directory), attempt, keep)
-            self._shelves.append(Shelf(archive, is_shared=is_store, lists=commits))
-            self._destinations.append(
-                Destination(
-                    world, self._writer, directory, attempt=attempt, keep=keep, commits=commits, is_store=is_store
-                )
-            )
+        self._destinations = [Destination(world, self._writer, shelf) for shelf in self._shelves]
 
     def restore(self) -> None:
         """Go on from this job's newest whole checkpoint, else from restoreFrom, else from the start. Collective."""
@@ -109,8 +104,7 @@ class Saver:
         self._board.update(phase=TrainerPhase.RESTORING, total_steps=run.total_steps)
         if self._spec is not None:
             for shelf in self._shelves:
-                if shelf.lists:
-                    shelf.archive.claim()
+                self._claim(shelf)
             found = resume(run, self._shelves, self._ledger.notice)
             if found is not None:
                 restored, is_own = found
@@ -213,6 +207,15 @@ class Saver:
             self._writer.close(seconds)
             if has_ended:
                 self._slabs.close()
+
+    def _claim(self, shelf: Shelf) -> None:
+        try:
+            if shelf.lists:
+                shelf.archive.claim()
+        except StorageError as error:
+            if shelf.is_shared:
+                raise
+            self._ledger.notice(f"no checkpoints on this node's disk: {error}")
 
     def _drain(self) -> None:
         """Wait until nothing is under way; Stopped when the grace ends before."""
