@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,7 +34,7 @@ def serve_s3() -> Iterator[str]:
             for line in server.stderr:
                 if match := re.search(r"http://127\.0\.0\.1:\d+", line):
                     # What it logs from here on must go somewhere, or it would wait for a reader.
-                    subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)  # noqa: S607
+                    threading.Thread(target=server.stderr.read, daemon=True).start()
                     yield match[0]
                     return
             raise AssertionError(f"moto.server ended with code {server.wait()}")

@@ -24,7 +24,7 @@ def s3_proxy() -> Iterator[FaultyStore]:
 
 
 @pytest.fixture
-def s3(s3_proxy: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
+def s3(s3_proxy: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> FaultyStore:
     """A store without faults and with an empty bucket, s3://bucket, that the environment points to."""
     import s3fs
     from s3_server import ENVIRONMENT
@@ -32,12 +32,10 @@ def s3(s3_proxy: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
     s3_proxy.reset()
     for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": s3_proxy.url}.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    client = s3fs.S3FileSystem()
+    client = s3fs.S3FileSystem(use_listings_cache=False)
     if client.exists("bucket"):
         client.rm("bucket", recursive=True)
     client.call_s3("create_bucket", Bucket="bucket")
     client.clear_multipart_uploads("bucket")
     s3_proxy.reset()
-    yield s3_proxy
-    s3fs.S3FileSystem.clear_instance_cache()
+    return s3_proxy

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import botocore.session
 import pytest
+import s3fs
 from s3_faults import CutAnswer, CutRequest, Fault, FaultyStore, Hide, HoldBack, Misstate, Refuse, Shorten
 from s3_server import ENVIRONMENT
 
 from pylon_trainer.checkpoint import s3 as s3_module
+from pylon_trainer.checkpoint.archive import Archive
+from pylon_trainer.checkpoint.manifest import Manifest
 from pylon_trainer.checkpoint.retries import RETRY_DELAYS_SECONDS
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.errors import ConfigError, StorageError
@@ -50,11 +53,10 @@ def upload(storage: Storage, path: str, data: bytes = DATA) -> None:
         raise
 
 
-def unfinished(prefix: str = "") -> list[str]:
+def unfinished() -> list[str]:
     """Keys of the multipart uploads that the server knows and nobody finished."""
-    client = botocore.session.get_session().create_client("s3")
-    found = client.list_multipart_uploads(Bucket="bucket", Prefix=prefix)
-    return [upload["Key"] for upload in found.get("Uploads", [])]
+    found = s3fs.S3FileSystem(use_listings_cache=False).list_multipart_uploads("bucket")
+    return [upload["Key"] for upload in found]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,21 @@ def test_what_a_listing_does_not_show_yet_is_there_by_its_name(s3: FaultyStore, 
     assert storage.size("step/new") == 1
 
 
+def test_a_commit_that_no_listing_shows_is_found_and_leaves_no_half_of_another(
+    s3: FaultyStore, storage: Storage
+) -> None:
+    archive = Archive(storage, attempt=1, keep=1)
+    archive.claim()
+    given_up, committed = (archive.new_name(step) for step in (1, 2))
+    storage.upload(f"{given_up}/rank", len(DATA)).put(0, memoryview(DATA)[:PART_BYTES])
+    s3.faults.append(Hide(key="step-", times=ALWAYS))
+    report = archive.commit(committed, Manifest(2, 1, 1, {}, {}, [{}]))
+    assert [listed.name for listed in archive.checkpoints()] == [committed]
+    assert Archive(storage, attempt=2, keep=1).load(committed).report == report
+    archive.discard(given_up)
+    assert unfinished() == []
+
+
 @pytest.mark.parametrize(
     "act",
     [
@@ -245,30 +262,51 @@ def test_what_a_listing_does_not_show_yet_is_there_by_its_name(s3: FaultyStore, 
     ids=["upload", "write", "create", "read", "read_into", "size", "names", "remove", "abandon_uploads"],
 )
 def test_refused_credentials_are_told_without_them_and_not_tried_again(
-    s3: FaultyStore, storage: Storage, waits: list[float], act
-) -> None:  # type: ignore[no-untyped-def]
+    s3: FaultyStore, storage: Storage, waits: list[float], act: Callable[[Storage], object]
+) -> None:
     secrets = (ENVIRONMENT["AWS_SECRET_ACCESS_KEY"], ENVIRONMENT["AWS_ACCESS_KEY_ID"])
     for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
         echo = f"you sent {' and '.join(secrets)}"
         s3.faults.append(Refuse(method=method, times=ALWAYS, status=403, code="SignatureDoesNotMatch", message=echo))
     with pytest.raises(
-        ConfigError, match="credentials missing or refused .*; give them to the pods from a Secret"
+        ConfigError, match=r"credentials missing or refused .*; give them to the pods from a Secret"
     ) as e:
         act(storage)
     assert not any(secret in str(e.value) for secret in secrets)
     assert waits == []
 
 
-def test_credentials_come_from_a_mounted_file(s3: FaultyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def new_clients(s3: FaultyStore) -> Iterator[None]:
+    """Clients read the environment when they are made; none is kept from or for another test."""
+
+    def forget() -> None:
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3_module._client.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("new_clients")
+def test_credentials_come_from_a_mounted_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    with pytest.raises(ConfigError, match="credentials missing or refused"):
-        Storage("s3://bucket/none").write("file", b"1")
     mounted = tmp_path / "credentials"
     mounted.write_text("[default]\naws_access_key_id = AKIAMOUNTED\naws_secret_access_key = from-a-secret\n")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(mounted))
-    type(Storage("s3://bucket/job")._fs).clear_instance_cache()
     storage = Storage("s3://bucket/job")
     storage.write("file", b"1")
     upload(storage, "step/file")
     assert storage.read("step/file") == DATA
+
+
+@pytest.mark.usefixtures("new_clients")
+@pytest.mark.parametrize("act", [upload, Storage.write])
+def test_missing_credentials_are_told(
+    act: Callable[[Storage, str, bytes], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(ConfigError, match=r"credentials missing or refused .Unable to locate credentials"):
+        act(Storage("s3://bucket/job"), "file", DATA)
