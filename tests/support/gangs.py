@@ -24,6 +24,7 @@ from pylon_api import names
 from pylon_api.run import RunConfig, TerminationReport, TrainerStatus
 from pylon_trainer import launcher, worker
 from pylon_trainer.checkpoint.saver import Saver
+from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.runtime import processes
 
 DEADLINE_SECONDS = 90.0
@@ -177,6 +178,11 @@ def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         saver._drain()
 
     monkeypatch.setattr(Saver, "end_step", patched)
+
+
+def write_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers write checkpoints in threads of their own, where a test can change what a store does."""
+    monkeypatch.setattr(WriterHandle, "open", lambda arena, _: WriterHandle.in_thread(arena))
 
 
 def run_gang(directory: Path, config: dict[str, Any], environment: dict[str, str] | None = None) -> list[int]:

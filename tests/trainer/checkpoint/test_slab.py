@@ -83,6 +83,7 @@ def open_files() -> set[str]:
 def test_closing_leaves_no_file_and_no_mapping(has_memfd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_memfd:
         monkeypatch.delattr(os, "memfd_create")
+    gc.collect()  # what other tests left
     files = open_files()
     arena = Arena(PAGE, pin=False)
     arena.bytes[0] = 7

@@ -19,6 +19,7 @@ class Ledger:
         self._board = board
         self._logs = logs
         self._report = SaveReport()
+        self._disk_fails = False
 
     def notice(self, line: str) -> None:
         """Something to be told once."""
@@ -50,8 +51,19 @@ class Ledger:
         self._board.saved(report)
         self.log(f"step={step} checkpoint={report.uri} bytes={report.size_bytes} seconds={outcome.seconds:.2f}")
 
+    def disk_failed(self, outcome: Outcome) -> None:
+        """A checkpoint could not be kept on the nodes' disks; told once until one is again."""
+        self._tell(failed=self._report.failed + 1)
+        if not self._disk_fails:
+            self.notice(f"checkpoints cannot be kept on the nodes' disks: {outcome.error}")
+        self._disk_fails = True
+
+    def disk_works(self) -> None:
+        """A checkpoint is on the nodes' disks."""
+        self._disk_fails = False
+
     def given_up(self, outcome: Outcome) -> None:
-        """A checkpoint could not be written; training goes on."""
+        """A checkpoint could not be written to the store; training goes on."""
         failure = str(outcome.error)
         self._tell(failed=self._report.failed + 1, failed_in_row=self._report.failed_in_row + 1, failure=failure)
         self.log(f"step={outcome.save.step} checkpoint given up: {failure}", logging.WARNING)

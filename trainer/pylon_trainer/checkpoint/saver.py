@@ -257,14 +257,16 @@ class Saver:
     def _end(self, place: Destination, outcome: Outcome) -> None:
         if isinstance(outcome.error, PeerLost):
             raise outcome.error
-        if place.is_store:
-            self._ended = outcome
-        if outcome.error is not None:
-            self._ledger.given_up(outcome)
-        elif place.is_store:
+        if not place.is_store:
+            self._ledger.disk_works() if outcome.error is None else self._ledger.disk_failed(outcome)
+            return
+        self._ended = outcome
+        if outcome.error is None:
             self._pace.save_ended(outcome.seconds)
             self._ledger.committed(outcome)
             self._ledger.interval(self._pace.interval_steps)
+        else:
+            self._ledger.given_up(outcome)
 
     @property
     def _requested_step(self) -> int:
