@@ -378,10 +378,10 @@ def test_it_dies_with_its_rank(tmp_path: Path) -> None:
 
     def run() -> None:
         save = Save(Arena(), WriterHandle.in_process(Arena()))
+        (tmp_path / "pid").write_text(str(save.pid))  # started: a fork in the middle of that would hold it up
         (tmp_path / "sleeper").write_text(str(fork(lambda: time.sleep(DEADLINE_SECONDS))))
         save.begin(1, tmp_path)
         save.handle.part(1, 0, 0, PART_BYTES)
-        (tmp_path / "pid").write_text(str(save.pid))
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert wait(fork(run)) == 128 + signal.SIGKILL

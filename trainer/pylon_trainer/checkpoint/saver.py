@@ -40,7 +40,11 @@ EXIT_MARGIN_SECONDS = 8
 MAX_UNDER_WAY = 2
 """Saves on their way to one place; another waits, memory or not."""
 
-CLOSE_SECONDS = 5
+CLOSE_SECONDS = 1
+"""For what is given up to be removed; what stays is cleaned up later."""
+
+TIDY_SECONDS = 30
+"""For what the last commit made superfluous to be removed."""
 
 POLL_SECONDS = 0.02
 
@@ -70,6 +74,7 @@ class Saver:
         self._was_quiet = True
         self._stall_seconds: float | None = None
         """Of a save whose tensors are still being copied."""
+        self._is_finished = False
         self._destinations: list[Destination] = []
         if self._spec is not None:
             self._open(self._spec)
@@ -190,6 +195,7 @@ class Saver:
         ended = self._ended
         if ended is not None and ended.save.step == self._run.step and ended.error is not None:
             raise ended.error
+        self._is_finished = True
 
     def where(self) -> str:
         """For a message: where this step was saved, if it was."""
@@ -200,8 +206,11 @@ class Saver:
     def close(self) -> None:
         """End threads and the writer, and give the memory back. What is under way is lost."""
         if self._destinations:
-            has_ended = self._staging.close(CLOSE_SECONDS)
-            self._writer.close(CLOSE_SECONDS)
+            left = self._seconds_left()
+            seconds: float = TIDY_SECONDS if self._is_finished else CLOSE_SECONDS
+            seconds = seconds if left is None else min(seconds, left)
+            has_ended = self._staging.close(seconds)
+            self._writer.close(seconds)
             if has_ended:
                 self._slabs.close()
 
