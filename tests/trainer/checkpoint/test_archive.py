@@ -172,14 +172,18 @@ def test_an_older_attempt_commits_nothing_once_a_newer_one_has_begun(storage: St
 @pytest.mark.parametrize("newer_commits", ["before", "after", "never"])
 def test_an_older_attempt_that_passed_the_check_in_time_displaces_nothing(tmp_path: Path, newer_commits: str) -> None:
     """It looked just before the newer one began, and commits after that."""
-    newer = Run(Storage(str(tmp_path)), attempt=2, keep=1)
+    newer = Run(Storage(str(tmp_path)), attempt=2, keep=2)
+
+    def save_twice() -> None:
+        newer.save(4)
+        newer.save(5)
 
     class SlowStorage(Storage):
         def create(self, path: str, data: bytes) -> None:
             if path.endswith(COMMITTED) and "step-000000000009" in path:
                 newer.begin()
                 if newer_commits == "before":
-                    newer.save(4)
+                    save_twice()
             super().create(path, data)
 
     storage = SlowStorage(str(tmp_path))
@@ -187,11 +191,12 @@ def test_an_older_attempt_that_passed_the_check_in_time_displaces_nothing(tmp_pa
     older.save(1)
     older.save(9)
     if newer_commits == "after":
-        newer.save(4)
-    assert restored(storage) == ((1, 9) if newer_commits == "never" else (2, 4))
+        save_twice()
     with pytest.raises(PeerLost):
         older.save(10)
-    assert restored(storage) == ((1, 9) if newer_commits == "never" else (2, 4))
+    expected = [(1, 9)] if newer_commits == "never" else [(2, 4), (2, 5)]
+    assert places(storage) == expected
+    assert restored(storage) == expected[-1]
 
 
 def test_an_older_attempt_cannot_overwrite_a_newer_ones_checkpoint_of_the_same_step(storage: Storage) -> None:
