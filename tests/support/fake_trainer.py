@@ -118,7 +118,8 @@ while len(list(STATE.glob(f"present-{CONFIG['attempt']}-*"))) < CONFIG["nodes"]:
         leave(75, "Stopped", "asked to stop before the gang had met")
     time.sleep(0.01)
 every = int(os.environ.get("FAKE_COMMIT_EVERY", "0"))
-print("fake trainer: attempt", CONFIG["attempt"], "rank", RANK, "from step", step, flush=True)
+print(f"fake trainer: attempt {CONFIG['attempt']} rank {RANK} from step {step}", flush=True)
+print(f"after {CONFIG.get('failures', 0)} failures", flush=True)
 while step < TOTAL:
     die_if_told_to()
     time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0.01")))

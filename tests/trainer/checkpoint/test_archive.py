@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from saved_checkpoints import Run, manifest, offered, places, restore, write_files
 
 from pylon_trainer.checkpoint.archive import Archive, open_other
-from pylon_trainer.checkpoint.manifest import COMMITTED, DamagedCheckpoint
+from pylon_trainer.checkpoint.manifest import COMMITTED, PART_BYTES, DamagedCheckpoint
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.errors import ConfigError, PeerLost, StorageError
 
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return store(tmp_path)
+if TYPE_CHECKING:
+    from s3_faults import FaultyStore
 
 
-def store(directory: Path) -> Storage:
-    return Storage(str(directory / "job"), sleep=lambda _: None)
+@pytest.fixture(params=["{path}", "memory://{name}"], ids=["disk", "memory"])
+def storage(tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
+    return Storage(str(request.param).format(path=tmp_path, name=tmp_path.name) + "/job")
 
 
 def restored(storage: Storage, told: list[str] | None = None, attempt: int = 3) -> tuple[int, int] | None:
@@ -122,9 +122,37 @@ def test_older_ones_go_only_after_the_newer_one_is_committed_and_their_marker_fi
     assert storage.events[-4:] == [
         ("create", f"{new}/{COMMITTED}"),
         ("remove", f"{old}/{COMMITTED}"),
-        ("abandon_uploads", old),
         ("remove", old),
+        ("abandon_uploads", old),
     ]
+
+
+def test_all_of_it_holds_on_s3(s3: FaultyStore) -> None:
+    storage = Storage("s3://bucket/job")
+    first = Run(storage, attempt=1, keep=2).begin()
+    for step in (1, 2):
+        first.save(step)
+    given_up, under_way = (f"{first.archive.new_name(step)}/rank-00000.safetensors" for step in (1, 9))
+    for path in (given_up, under_way):  # no listing shows what S3 holds of them
+        storage.upload(path, PART_BYTES + 1).put(PART_BYTES, memoryview(b"1"))
+    first.save(3)
+    assert storage.unfinished() == [under_way.partition("/")[0]]
+    assert places(storage) == [(1, 2), (1, 3)]
+    second = Run(storage, attempt=2, keep=2).begin()
+    with pytest.raises(PeerLost):
+        first.save(5)
+    name = second.archive.new_name(4)
+    write_files(storage, name, 2, 4)
+    report = second.archive.commit(name, manifest(2, 4))
+    assert second.archive.commit(name, manifest(2, 4)) == report
+    second.archive.prune()
+    assert places(storage) == [(1, 3), (2, 4)]
+    assert storage.unfinished() == []
+    storage.write(f"{name}/rank-00001.safetensors", b"")
+    assert restored(storage) == (1, 3)
+    second.save(6)
+    assert places(storage) == [(1, 3), (2, 6)]
+    assert storage.names("attempts") == ["attempt-000002"]
 
 
 # Older attempts
@@ -144,26 +172,31 @@ def test_an_older_attempt_commits_nothing_once_a_newer_one_has_begun(storage: St
 @pytest.mark.parametrize("newer_commits", ["before", "after", "never"])
 def test_an_older_attempt_that_passed_the_check_in_time_displaces_nothing(tmp_path: Path, newer_commits: str) -> None:
     """It looked just before the newer one began, and commits after that."""
-    newer = Run(store(tmp_path), attempt=2, keep=1)
+    newer = Run(Storage(str(tmp_path)), attempt=2, keep=2)
+
+    def save_twice() -> None:
+        newer.save(4)
+        newer.save(5)
 
     class SlowStorage(Storage):
         def create(self, path: str, data: bytes) -> None:
             if path.endswith(COMMITTED) and "step-000000000009" in path:
                 newer.begin()
                 if newer_commits == "before":
-                    newer.save(4)
+                    save_twice()
             super().create(path, data)
 
-    storage = SlowStorage(store(tmp_path).uri)
+    storage = SlowStorage(str(tmp_path))
     older = Run(storage, attempt=1, keep=1).begin()
     older.save(1)
     older.save(9)
     if newer_commits == "after":
-        newer.save(4)
-    assert restored(storage) == ((1, 9) if newer_commits == "never" else (2, 4))
+        save_twice()
     with pytest.raises(PeerLost):
         older.save(10)
-    assert restored(storage) == ((1, 9) if newer_commits == "never" else (2, 4))
+    expected = [(1, 9)] if newer_commits == "never" else [(2, 4), (2, 5)]
+    assert places(storage) == expected
+    assert restored(storage) == expected[-1]
 
 
 def test_an_older_attempt_cannot_overwrite_a_newer_ones_checkpoint_of_the_same_step(storage: Storage) -> None:

@@ -17,19 +17,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pylon_api.run import CheckpointReport
+from pylon_trainer.checkpoint.claims import CLAIMS, Claims
 from pylon_trainer.checkpoint.manifest import COMMITTED, MANIFEST, DamagedCheckpoint, Manifest, Marker, checksum
 from pylon_trainer.checkpoint.storage import Storage
-from pylon_trainer.errors import ConfigError, PeerLost, StorageError
+from pylon_trainer.errors import ConfigError, StorageError
 
 logger = logging.getLogger("pylon")
 
 _NAME = re.compile(r"step-(?P<step>\d{12})-attempt-(?P<attempt>\d{6})-[0-9a-f]{8}")
-_CLAIM = re.compile(r"attempt-(?P<attempt>\d{6})")
-_CLAIMS = "attempts"
-_LOOK_BACK = 8
-"""Attempts, this one included, whose claims are looked for even when they are not listed. Each takes over the hints of
-those before it, so several tell more than one only when an older attempt committed after a newer one began."""
-
 _DAMAGED = "DAMAGED"
 """Left in a committed checkpoint that proved damaged, with the reason."""
 
@@ -80,19 +75,20 @@ class Archive:
 
     def __init__(self, storage: Storage, attempt: int, keep: int) -> None:
         self.storage = storage
-        self._attempt = attempt
-        self._keep = keep
+        self.attempt = attempt
+        self.keep = keep
+        self._claims = Claims(storage, attempt)
 
     def claim(self) -> None:
         """Leave word that this attempt has begun, so that an older one which still runs commits nothing more."""
-        self._write_claim(self._hinted())
+        self._claims.write(self._hinted())
 
     def new_name(self, step: int, nonce: int | None = None) -> str:
         """A directory that no other save will ever use, not even one of the same step and attempt.
 
         nonce: 32 bits that ranks agreed on, so that all come to the same name.
         """
-        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.randbits(32) if nonce is None else nonce:08x}"
+        return f"step-{step:012d}-attempt-{self.attempt:06d}-{secrets.randbits(32) if nonce is None else nonce:08x}"
 
     def commit(self, name: str, manifest: Manifest) -> CheckpointReport:
         """Make a checkpoint count whose files are all durable.
@@ -102,8 +98,8 @@ class Archive:
         content = manifest.dump()
         self._write_once(f"{name}/{MANIFEST}", content)
         # Before the marker: hinting at what is not committed does no harm, not hinting at what is might lose it.
-        self._write_claim([name, *self._hinted()])
-        self._refuse_if_superseded()
+        self._claims.write([name, *self._hinted()])
+        self._claims.refuse_if_superseded()
         marker = Marker(checksum(content), datetime.now(UTC))
         try:
             self.storage.create(f"{name}/{COMMITTED}", marker.dump())
@@ -119,8 +115,7 @@ class Archive:
         with _told_not_raised(f"cannot clean up {self.storage.uri}"):
             for superfluous in self.superfluous():
                 self.remove(superfluous.name)
-            for older in (attempt for attempt in self._claims() if attempt < self._attempt):
-                self.storage.remove(_claim(older))
+            self._claims.remove_older()
 
     def superfluous(self) -> list[Listed]:
         """What is older than the newest committed and whole ones that are to be kept, or damaged, or was given up.
@@ -128,10 +123,13 @@ class Archive:
         Never anything of a newer attempt, and never anything newer than the newest whole one.
         """
         kept, found = 0, []
-        for listed in self.checkpoints():
-            if listed.is_committed and kept < self._keep and self._is_whole(listed.name):
+        listings = self.checkpoints()
+        hidden = _places(set(self._begun()) - {listed.name for listed in listings})
+        listings += [Listed(place, is_committed=False) for place in hidden]
+        for listed in sorted(listings, key=lambda one: one.place, reverse=True):
+            if listed.is_committed and kept < self.keep and self._is_whole(listed.name):
                 kept += 1
-            elif kept > 0 and listed.place.attempt <= self._attempt:
+            elif kept > 0 and listed.place.attempt <= self.attempt:
                 found.append(listed)
         return found
 
@@ -143,8 +141,9 @@ class Archive:
     def remove(self, name: str) -> None:
         """Remove a checkpoint. The marker goes first, so that a removal cut short leaves nothing that looks whole."""
         self.storage.remove(f"{name}/{COMMITTED}")
-        self.storage.abandon_uploads(name)
         self.storage.remove(name)
+        with _told_not_raised(f"cannot drop unfinished uploads below {self.storage.uri}/{name}"):
+            self.storage.abandon_uploads(name)
 
     def condemn(self, name: str, reason: str) -> None:
         """Note that a file of this one proved damaged, so that it never pushes out a whole one."""
@@ -195,6 +194,12 @@ class Archive:
         except DamagedCheckpoint as damage:
             raise StorageError(f"{self.storage.uri}/{name} cannot be committed: {damage}") from damage
 
+    def _begun(self) -> list[str]:
+        """Names that hold unfinished uploads, as far as this job may know."""
+        with _told_not_raised(f"cannot list unfinished uploads below {self.storage.uri}"):
+            return self.storage.unfinished()
+        return []
+
     def _is_whole(self, name: str) -> bool:
         """As far as that shows without reading its files."""
         try:
@@ -214,37 +219,15 @@ class Archive:
             size_bytes=manifest.size_bytes,
         )
 
-    def _refuse_if_superseded(self) -> None:
-        newest = max([self._attempt, *self._claims()])
-        if newest == self._attempt and self.storage.size(_claim(self._attempt + 1)) is not None:
-            newest += 1  # the listing lags
-        if newest > self._attempt:
-            raise PeerLost(f"attempt {newest} has begun, so attempt {self._attempt} commits nothing more")
-
-    def _claims(self) -> list[int]:
-        """Attempts that have begun, as far as the listing tells."""
-        return [int(match["attempt"]) for match in map(_CLAIM.fullmatch, self.storage.names(_CLAIMS)) if match]
-
-    def _write_claim(self, names: Iterable[str]) -> None:
-        self.storage.write(_claim(self._attempt), "".join(f"{name}\n" for name in names).encode())
-
     def _hinted(self) -> list[str]:
-        """Committed checkpoints that claims name, newest first, down to the newest attempt that committed any.
-
-        The latest claims are looked for by their names, because a listing may not show them yet.
-        """
-        latest = range(self._attempt, max(0, self._attempt - _LOOK_BACK), -1)
+        """Committed checkpoints that claims name, newest first, down to the newest attempt that committed any."""
         found: set[Place] = set()
-        for attempt in sorted({*latest, *self._claims()}, reverse=True):
-            try:
-                lines = self.storage.read(_claim(attempt)).decode(errors="replace").splitlines()
-            except FileNotFoundError:
-                continue
-            hints = {place for place in _places(lines) if self._is_committed(place.name)}
+        for attempt, names in self._claims.read():
+            hints = {place for place in _places(names) if self._is_committed(place.name)}
             found |= hints
             if any(place.attempt == attempt for place in hints):
                 break
-        return [place.name for place in sorted(found, reverse=True)[: self._keep]]
+        return [place.name for place in sorted(found, reverse=True)[: self.keep]]
 
 
 def open_other(uri: str) -> tuple[Archive, str | None]:
@@ -261,11 +244,7 @@ def open_other(uri: str) -> tuple[Archive, str | None]:
 
 def is_job(names: Iterable[str]) -> bool:
     """Whether a directory with these entries is where a job keeps its checkpoints."""
-    return any(name == _CLAIMS or _NAME.fullmatch(name) for name in names)
-
-
-def _claim(attempt: int) -> str:
-    return f"{_CLAIMS}/attempt-{attempt:06d}"
+    return any(name == CLAIMS or _NAME.fullmatch(name) for name in names)
 
 
 def _places(names: Iterable[str]) -> list[Place]:

@@ -15,6 +15,7 @@ from typing import Any
 from pylon_api.run import CheckpointReport
 from pylon_trainer.checkpoint.manifest import FileEntry, Manifest
 from pylon_trainer.checkpoint.orders import Committed, Durable, End, Failed
+from pylon_trainer.checkpoint.restore import Shelf
 from pylon_trainer.checkpoint.staged import Staged
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.errors import StorageError, TrainerError
@@ -49,9 +50,8 @@ class Outcome:
     error: TrainerError | None = None
     """Why nothing was: the save was given up."""
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.save.begin_time
+    seconds: float = 0.0
+    """From its beginning."""
 
 
 @dataclass(slots=True)
@@ -75,17 +75,14 @@ class _Receipt:
 class Destination:
     """Of one rank's saves; each call is made by all ranks alike."""
 
-    def __init__(
-        self, world: World, writer: WriterHandle, uri: str, *, attempt: int, keep: int, commits: bool, is_store: bool
-    ) -> None:
-        """commits: whether this rank does, for all (in the store) or for its node."""
-        self.uri = uri
-        self.is_store = is_store
+    def __init__(self, world: World, writer: WriterHandle, shelf: Shelf) -> None:
+        """shelf: where it is. A rank that lists there commits, for all ranks or for its node."""
+        self.is_store = shelf.is_shared
         self._world = world
         self._writer = writer
-        self._attempt = attempt
-        self._keep = keep
-        self._commits = commits
+        self._archive = shelf.archive
+        self._uri = shelf.archive.storage.uri
+        self._commits = shelf.lists
         self._queue: deque[_UnderWay] = deque()
 
     @property
@@ -95,7 +92,7 @@ class Destination:
 
     def begin(self, save: Save, upload: int) -> None:
         """Have the writer expect a save's parts under this number, never used before."""
-        self._writer.begin(upload, self.uri, f"{save.name}/{save.file}", save.size_bytes)
+        self._writer.begin(upload, self._uri, f"{save.name}/{save.file}", save.size_bytes)
         self._queue.append(_UnderWay(save, upload))
 
     def receive(self, end: End) -> None:
@@ -126,9 +123,7 @@ class Destination:
         if not oldest.is_committing:
             self._commit(oldest)
             return None
-        self._queue.popleft()
-        answer = oldest.answer
-        return Outcome(oldest.save, answer.report if isinstance(answer, Committed) else self._describe(oldest.save))
+        return self._end(oldest, None)
 
     def abandon(self) -> None:
         """Give up all that is under way; what is half written stays for a later attempt to clean up."""
@@ -145,13 +140,14 @@ class Destination:
         if self._commits:
             manifest = Manifest(
                 step=save.step,
-                attempt=self._attempt,
+                attempt=self._archive.attempt,
                 ranks=self._world.size,
                 files={receipt.file: receipt.entry for receipt in receipts},
                 replicated=replicated,
                 own=[receipt.own for receipt in receipts],
             )
-            self._writer.commit(oldest.upload, self.uri, self._attempt, self._keep, save.name, manifest.dump())
+            archive = self._archive
+            self._writer.commit(oldest.upload, self._uri, archive.attempt, archive.keep, save.name, manifest.dump())
 
     def _give_up(self) -> Outcome:
         """The oldest save, on all ranks, for the reason of the first that has one."""
@@ -159,9 +155,8 @@ class Destination:
         errors = self._world.gather(self._error(oldest))
         self._writer.cancel(oldest.upload)
         if self._commits:
-            self._writer.discard(self.uri, self._attempt, self._keep, oldest.save.name)
-        self._queue.popleft()
-        return Outcome(oldest.save, self._describe(oldest.save), next(error for error in errors if error is not None))
+            self._writer.discard(self._uri, self._archive.attempt, self._archive.keep, oldest.save.name)
+        return self._end(oldest, next(error for error in errors if error is not None))
 
     def _error(self, one: _UnderWay) -> TrainerError | None:
         """Why this rank cannot go on with a save."""
@@ -172,5 +167,10 @@ class Destination:
             return staged.error
         return answer.error() if isinstance(answer, Failed) else None
 
-    def _describe(self, save: Save) -> CheckpointReport:
-        return CheckpointReport(step=save.step, attempt=self._attempt, uri=f"{self.uri}/{save.name}")
+    def _end(self, oldest: _UnderWay, error: TrainerError | None) -> Outcome:
+        self._queue.popleft()
+        save, answer = oldest.save, oldest.answer
+        report = CheckpointReport(step=save.step, attempt=self._archive.attempt, uri=f"{self._uri}/{save.name}")
+        if isinstance(answer, Committed):
+            report = answer.report
+        return Outcome(save, report, error, time.monotonic() - save.begin_time)

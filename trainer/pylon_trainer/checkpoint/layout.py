@@ -40,11 +40,10 @@ _TYPES = {
     "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
     "float8_e5m2": ("F8_E5M2", 1),
     "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "float8_e8m0fnu": ("F8_E8M0", 1),
     "int8": ("I8", 1),
     "uint8": ("U8", 1),
 }
-"""torch's name of a dtype: safetensors' name and bytes of an element."""
+"""torch's name of a dtype: safetensors' name and bytes of an element. Only what safetensors.torch.load knows."""
 _DTYPES = {name: dtype for dtype, (name, _) in _TYPES.items()}
 
 

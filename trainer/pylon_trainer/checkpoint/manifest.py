@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -94,7 +94,13 @@ class Manifest:
 
     def dump(self) -> bytes:
         """Equal manifests give equal bytes."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, separators=(",", ":")).encode()
+        files = {
+            name: {"size_bytes": file.size_bytes, "part_bytes": file.part_bytes, "checksums": file.checksums}
+            for name, file in self.files.items()
+        }
+        fields = {"format": _FORMAT, "step": self.step, "attempt": self.attempt, "ranks": self.ranks, "files": files}
+        fields |= {"replicated": self.replicated, "own": self.own}
+        return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:

@@ -9,7 +9,6 @@ pass on to the next older checkpoint together. What the state means is not known
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,14 +17,11 @@ from torch import Tensor
 
 from pylon_api.run import CheckpointReport
 from pylon_trainer.checkpoint.archive import Archive, Found, Place
-from pylon_trainer.checkpoint.layout import Layout
-from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest, Part, placeholders
+from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest, placeholders
+from pylon_trainer.checkpoint.reading import empty_tensor, read_tensors
 from pylon_trainer.checkpoint.state import join
 from pylon_trainer.errors import StorageError
 from pylon_trainer.runtime.distributed import World
-
-_READERS = 4
-"""Parts that one rank reads at the same time: one connection seldom fills a network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +93,22 @@ def restore(
 
 def _find(world: World, shelves: Sequence[Shelf], wanted: Callable[[Place], bool]) -> list[tuple[Place, list[_Copy]]]:
     """Committed checkpoints, newest first, each with its copies, nearest first. The same on every rank."""
-    seen = [
-        [one.place for one in shelf.archive.checkpoints() if one.is_committed and wanted(one.place)]
-        if shelf.lists
-        else []
-        for shelf in shelves
-    ]
+    seen = [[place for place in _list(shelf) if wanted(place)] if shelf.lists else [] for shelf in shelves]
     copies: dict[Place, list[_Copy]] = {}
     for rank, by_shelf in enumerate(world.gather(seen)):
         for shelf, places in enumerate(by_shelf):
             for place in places:
                 copies.setdefault(place, []).append(_Copy(shelf, rank))
     return [(place, sorted(copies[place])) for place in sorted(copies, reverse=True)]
+
+
+def _list(shelf: Shelf) -> list[Place]:
+    try:
+        return [listed.place for listed in shelf.archive.checkpoints() if listed.is_committed]
+    except StorageError:
+        if shelf.is_shared:
+            raise
+        return []  # a disk that fails is no reason to give up
 
 
 class _Reader:
@@ -140,20 +140,20 @@ class _Reader:
         check(manifest, report.uri)
         readers = self._share_out(manifest)
         replicated = {place["key"]: place for place in placeholders(manifest.replicated)}
-        tensors = {key: targets[key] if key in targets else _empty(place) for key, place in replicated.items()}
+        tensors = {key: targets[key] if key in targets else empty_tensor(place) for key, place in replicated.items()}
         is_same_size = manifest.ranks == self._world.size
         own = [{p["key"]: p for p in placeholders(tree)} for tree in manifest.own] if is_same_size else []
         own_tensors: dict[str, Tensor] = {}
         for files in _rounds(readers, self._world.size):
             contents = self._read_round(manifest, files, readers)
             for file in files:
-                source, content = readers[file].rank, contents.get(file, {})
+                source, content = readers[file].rank, contents.get(file)
                 for key in _keys_of(file, replicated):
-                    self._hand_out(tensors[key], source, content.get(key))
+                    self._hand_out(tensors[key], source, content, key)
                 for rank, places in enumerate(own):
                     for key in _keys_of(file, places):
-                        tensor = _empty(places[key])
-                        self._hand_out(tensor, source, content.get(key))
+                        tensor = empty_tensor(places[key])
+                        self._hand_out(tensor, source, content, key)
                         if rank == self._world.rank:
                             own_tensors[key] = tensor
         return Restored(
@@ -184,7 +184,7 @@ class _Reader:
         except StorageError as error:
             if shelf.is_shared:
                 raise
-            return str(error)  # a disk that fails is no reason to give up
+            return str(error)  # as in _list
 
     def _uri(self, shelf: Shelf) -> str:
         return f"{shelf.archive.storage.uri}/{self._name}"
@@ -222,7 +222,7 @@ class _Reader:
         damages: list[str] = []
         is_lost = False
         for file in (file for file in files if readers[file].rank == self._world.rank):
-            content = self._read_file(file, manifest.files[file], self._shelves[readers[file].shelf :], damages)
+            content = self._read_file(file, manifest.files[file], readers[file].shelf, damages)
             is_lost = content is None
             contents |= {} if content is None else {file: content}
         everyone = self._world.gather((damages, is_lost))
@@ -233,28 +233,28 @@ class _Reader:
             self._passed_over(f"read from the store instead of {damage}")
         return contents
 
-    def _read_file(
-        self, file: str, entry: FileEntry, shelves: Sequence[Shelf], damages: list[str]
-    ) -> dict[str, Tensor] | None:
-        """From the first shelf that has it whole; None, with its damages, when none has."""
-        for shelf in shelves:
+    def _read_file(self, file: str, entry: FileEntry, nearest: int, damages: list[str]) -> dict[str, Tensor] | None:
+        """From the nearest shelf that has it whole; None, with its damages, when none has."""
+        for shelf in self._shelves[nearest:]:
+            if shelf.is_shared and not self._is_in_store:
+                continue
             try:
-                return _tensors(_read(shelf.archive, f"{self._name}/{file}", file, entry))
-            except (DamagedCheckpoint, FileNotFoundError, EOFError) as damage:
-                reason = str(damage) if isinstance(damage, DamagedCheckpoint) else f"{file} is missing or cut"
-                damages.append(f"{self._uri(shelf)}: {reason}")
+                return read_tensors(shelf.archive.storage, f"{self._name}/{file}", entry)
+            except DamagedCheckpoint as damage:
+                damages.append(f"{self._uri(shelf)}: {damage}")
                 if shelf.is_own:
-                    shelf.archive.condemn(self._name, reason)
+                    shelf.archive.condemn(self._name, str(damage))
             except StorageError as error:
                 if shelf.is_shared:
                     raise
-                damages.append(str(error))  # as in _load
+                damages.append(str(error))  # as in _list
         return None
 
-    def _hand_out(self, target: Tensor, source: int, content: Tensor | None) -> None:
+    def _hand_out(self, target: Tensor, source: int, content: Mapping[str, Tensor] | None, key: str) -> None:
+        """content: on the rank that has read the tensor."""
         if content is not None:
             with torch.no_grad():
-                target.copy_(content)
+                target.copy_(content[key])
         if self._world.size > 1:
             self._world.broadcast_tensor(target, source)
 
@@ -266,42 +266,6 @@ def _rounds(readers: Mapping[str, _Copy], ranks: int) -> Iterator[list[str]]:
         queues[readers[file].rank].append(file)
     for number in range(max(map(len, queues))):
         yield [queue[number] for queue in queues if number < len(queue)]
-
-
-def _read(archive: Archive, path: str, file: str, entry: FileEntry) -> Tensor:
-    """A file's bytes, all verified."""
-    size_bytes = archive.storage.size(path)
-    if size_bytes != entry.size_bytes:
-        had = "is missing" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.size_bytes}"
-        raise DamagedCheckpoint(f"{file} {had}")
-    data = torch.empty(entry.size_bytes, dtype=torch.uint8)
-    buffer = _memory(data)
-
-    def read_part(part: Part) -> None:
-        view = buffer[part.offset : part.offset + part.length]
-        archive.storage.read_into(path, part.offset, view)
-        part.verify(file, view)
-
-    with ThreadPoolExecutor(_READERS) as readers:
-        list(readers.map(read_part, entry.parts()))
-    return data
-
-
-def _tensors(data: Tensor) -> dict[str, Tensor]:
-    """The tensors of a file, as views of its bytes."""
-    places = Layout.parse(_memory(data)).places
-    return {
-        key: data[place.offset : place.offset + place.size_bytes].view(getattr(torch, place.dtype)).view(place.shape)
-        for key, place in places.items()
-    }
-
-
-def _memory(data: Tensor) -> memoryview:
-    return data.numpy().data
-
-
-def _empty(place: Mapping[str, Any]) -> Tensor:
-    return torch.empty(place["shape"], dtype=getattr(torch, place["dtype"]))
 
 
 def _keys_of(file: str, places: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -86,11 +86,16 @@ class Bucket:
                 raise EOFError(f"{key} ends at byte {size}")
             raise OSError(f"the answer ended {len(buffer)} bytes early")
 
+    def unfinished(self, prefix: str) -> list[tuple[str, str]]:
+        """Key and id of all uploads below the prefix that were begun and not finished; no listing of objects shows
+        them."""
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix)
+        return [(upload["Key"], upload["UploadId"]) for page in pages for upload in page.get("Uploads", [])]
+
     def abandon_uploads(self, prefix: str) -> None:
-        """Drop all uploads below the prefix that were begun and not finished."""
-        for page in self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix):
-            for upload in page.get("Uploads", []):
-                self.abandon(upload["Key"], upload["UploadId"])
+        """Drop all that are unfinished below the prefix."""
+        for key, upload_id in self.unfinished(prefix):
+            self.abandon(key, upload_id)
 
     def abandon(self, key: str, upload_id: str) -> None:
         """Drop one; nothing when it is gone."""

@@ -9,17 +9,16 @@ only the last one must not fail. When to save is pace.py's to say, what goes in 
 from __future__ import annotations
 
 import itertools
-import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from pylon_api.run import SaveReport, TrainerPhase
+from pylon_api.run import TrainerPhase
 from pylon_api.training import CheckpointSpec
 from pylon_trainer.checkpoint import contents
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.destination import Destination, Outcome, Save
+from pylon_trainer.checkpoint.ledger import Ledger
 from pylon_trainer.checkpoint.manifest import PART_BYTES
 from pylon_trainer.checkpoint.pace import Pace
 from pylon_trainer.checkpoint.policy import Reach, next_move
@@ -41,11 +40,16 @@ EXIT_MARGIN_SECONDS = 8
 MAX_UNDER_WAY = 2
 """Saves on their way to one place; another waits, memory or not."""
 
-CLOSE_SECONDS = 5
+CLOSE_SECONDS = 1
+"""For what is given up to be removed; what stays is cleaned up later."""
+
+TIDY_SECONDS = 30
+"""For what the last commit made superfluous to be removed."""
 
 POLL_SECONDS = 0.02
 
-logger = logging.getLogger("pylon")
+_PROGRESS = 4
+"""Where the destinations' votes begin."""
 
 
 class Saver:
@@ -61,7 +65,7 @@ class Saver:
         self._stop = stop
         self._grace_seconds = max(1.0, grace_seconds - EXIT_MARGIN_SECONDS)
         self._spec = run.config.training.checkpoint
-        self._report = SaveReport()
+        self._ledger = Ledger(board, logs=run.world.rank == 0)
         self._begins, self._waits, self._nonce = Reach.NOWHERE, Reach.NOWHERE, 0
         self._newest_step: int | None = None
         """Of the last checkpoint for the store that has begun, or that this run goes on from."""
@@ -70,6 +74,7 @@ class Saver:
         self._was_quiet = True
         self._stall_seconds: float | None = None
         """Of a save whose tensors are still being copied."""
+        self._is_finished = False
         self._destinations: list[Destination] = []
         if self._spec is not None:
             self._open(self._spec)
@@ -77,27 +82,21 @@ class Saver:
     def _open(self, spec: CheckpointSpec) -> None:
         config, world = self._run.config, self._run.world
         attempt, is_first_of_node = config.attempt, world.rank % config.processes_per_node == 0
+        store, local = config.checkpoint_directory, config.local_checkpoint_directory
+        self._shelves: list[Shelf] = []  # the nearest first
+        if spec.local is not None and local is not None:
+            archive = Archive(Storage(local), attempt, spec.local.keep)
+            self._shelves.append(Shelf(archive, is_shared=False, lists=is_first_of_node))
+        if store is not None:
+            self._shelves.append(Shelf(Archive(Storage(store), attempt, spec.keep), True, lists=world.rank == 0))
         self._divider = Divider(world.rank, world.size)
         self._slabs = _open_slabs(self._share().layout.size_bytes, spec, self._run)
         for line in self._slabs.notices:
-            self._notice(line)
-        store, local = config.checkpoint_directory, config.local_checkpoint_directory
-        places = [(store, spec.keep, world.rank == 0, True)] if store is not None else []
-        if spec.local is not None and local is not None:  # the nearest first
-            places.insert(0, (local, spec.local.keep, is_first_of_node, False))
-        self._writer = WriterHandle.open(self._slabs.arena, [directory for directory, *_ in places])
+            self._ledger.notice(line)
+        self._writer = WriterHandle.open(self._slabs.arena, [shelf.archive.storage.uri for shelf in self._shelves])
         self._staging = Staging(world.device, self._slabs, self._writer)
         self._uploads = itertools.count()
-        self._shelves: list[Shelf] = []
-        for directory, keep, commits, is_store in places:
-            archive = Archive(Storage(directory), attempt, keep)
-            self._shelves.append(Shelf(archive, is_shared=is_store, lists=commits))
-            self._destinations.append(
-                Destination(
-                    world, self._writer, directory, attempt=attempt, keep=keep, commits=commits, is_store=is_store
-                )
-            )
-        self._board.update(saves=self._report)
+        self._destinations = [Destination(world, self._writer, shelf) for shelf in self._shelves]
 
     def restore(self) -> None:
         """Go on from this job's newest whole checkpoint, else from restoreFrom, else from the start. Collective."""
@@ -105,17 +104,17 @@ class Saver:
         self._board.update(phase=TrainerPhase.RESTORING, total_steps=run.total_steps)
         if self._spec is not None:
             for shelf in self._shelves:
-                if shelf.lists:
-                    shelf.archive.claim()
-            found = resume(run, self._shelves, self._notice)
+                self._claim(shelf)
+            found = resume(run, self._shelves, self._ledger.notice)
             if found is not None:
                 restored, is_own = found
                 self._board.update(restored_from=restored.report.uri)
                 if is_own and restored.is_in_store:
                     self._newest_step = run.step
                     self._board.saved(restored.report)
-                self._log(f"step={run.step} restored={restored.report.uri}")
+                self._ledger.log(f"step={run.step} restored={restored.report.uri}")
             self._pace = Pace(self._spec, run.config, run.step)
+            self._ledger.interval(self._pace.interval_steps)
         self._board.update(phase=TrainerPhase.TRAINING, step=run.step, tokens=run.tokens)
         self._board.begin_step(run.step)
 
@@ -144,13 +143,12 @@ class Saver:
         """
         if not self._destinations:
             return
-        asked, due, self._nonce, busy, *progress = sums
+        asked, due, self._nonce, busy = sums[:_PROGRESS]
         self._was_quiet = not self._is_under_way
-        self._advance(progress)
+        self._advance(sums[_PROGRESS:])
         move = next_move(Reach(due), self._waits, is_urgent=asked > 0 or is_last, is_busy=busy > 0)
         if move.waits and not self._waits:
-            self._tell(put_off=self._report.put_off + 1)
-            logger.info(f"step={self._run.step + 1} checkpoint put off: those before it are still being written")
+            self._ledger.put_off(self._run.step + 1)
         self._begins, self._waits = move.begins, move.waits
 
     def end_step(self, training_seconds: float) -> None:
@@ -172,7 +170,7 @@ class Saver:
         began = time.monotonic()
         self._staging.release()
         if self._stall_seconds is not None:
-            self._tell(stall_seconds=self._stall_seconds + time.monotonic() - began)
+            self._ledger.stalled(self._stall_seconds + time.monotonic() - began)
             self._stall_seconds = None
 
     def finish(self) -> None:
@@ -183,25 +181,15 @@ class Saver:
         if not self._destinations:
             return
         self._board.update(phase=TrainerPhase.SAVING)
-        world = self._run.world
         if self._newest_step != self._run.step:
-            self.heed(world.agree(*self.votes()), is_last=True)
+            self.heed(self._run.world.agree(*self.votes()), is_last=True)
             self._begin(self._begins)
         self.release()
-        while self._is_under_way:
-            time.sleep(POLL_SECONDS)
-            is_over, *sums = world.agree(self._seconds_left() == 0, *self.votes())
-            self._advance(sums[4:])
-            if is_over and self._is_under_way:
-                for place in self._destinations:
-                    place.abandon()
-                raise Stopped(
-                    f"asked to stop: left at step {self._run.step}, not saved: its checkpoint was not written within "
-                    f"{self._grace_seconds:.0f} s; raise checkpointTimeoutSeconds"
-                )
+        self._drain()
         ended = self._ended
         if ended is not None and ended.save.step == self._run.step and ended.error is not None:
             raise ended.error
+        self._is_finished = True
 
     def where(self) -> str:
         """For a message: where this step was saved, if it was."""
@@ -212,10 +200,36 @@ class Saver:
     def close(self) -> None:
         """End threads and the writer, and give the memory back. What is under way is lost."""
         if self._destinations:
-            has_ended = self._staging.close(CLOSE_SECONDS)
-            self._writer.close(CLOSE_SECONDS)
+            left = self._seconds_left()
+            seconds: float = TIDY_SECONDS if self._is_finished else CLOSE_SECONDS
+            seconds = seconds if left is None else min(seconds, left)
+            has_ended = self._staging.close(seconds)
+            self._writer.close(seconds)
             if has_ended:
                 self._slabs.close()
+
+    def _claim(self, shelf: Shelf) -> None:
+        try:
+            if shelf.lists:
+                shelf.archive.claim()
+        except StorageError as error:
+            if shelf.is_shared:
+                raise
+            self._ledger.notice(f"no checkpoints on this node's disk: {error}")
+
+    def _drain(self) -> None:
+        """Wait until nothing is under way; Stopped when the grace ends before."""
+        while self._is_under_way:
+            time.sleep(POLL_SECONDS)
+            is_over, *sums = self._run.world.agree(self._seconds_left() == 0, *self.votes())
+            self._advance(sums[_PROGRESS:])
+            if is_over and self._is_under_way:
+                for place in self._destinations:
+                    place.abandon()
+                raise Stopped(
+                    f"asked to stop: left at step {self._run.step}, not saved: its checkpoint was not written within "
+                    f"{self._grace_seconds:.0f} s; raise checkpointTimeoutSeconds"
+                )
 
     def _share(self) -> Share:
         return self._divider.share(contents.replicated(self._run), contents.own(self._run))
@@ -255,18 +269,16 @@ class Saver:
     def _end(self, place: Destination, outcome: Outcome) -> None:
         if isinstance(outcome.error, PeerLost):
             raise outcome.error
-        if place.is_store:
-            self._ended = outcome
-        step, seconds, error = outcome.save.step, outcome.seconds, outcome.error
-        report = self._report
-        if error is not None:
-            self._tell(failed=report.failed + 1, failed_in_row=report.failed_in_row + 1, failure=str(error))
-            self._log(f"step={step} checkpoint given up after {seconds:.1f} s: {error}", logging.WARNING)
-        elif place.is_store:
-            self._pace.save_ended(seconds)
-            self._tell(committed=report.committed + 1, failed_in_row=0, failure="", write_seconds=seconds)
-            self._board.saved(outcome.report)
-            self._log(f"step={step} checkpoint={outcome.report.uri} bytes={outcome.report.size_bytes}")
+        if not place.is_store:
+            self._ledger.disk_works() if outcome.error is None else self._ledger.disk_failed(outcome)
+            return
+        self._ended = outcome
+        if outcome.error is None:
+            self._pace.save_ended(outcome.seconds)
+            self._ledger.committed(outcome)
+            self._ledger.interval(self._pace.interval_steps)
+        else:
+            self._ledger.given_up(outcome)
 
     @property
     def _requested_step(self) -> int:
@@ -281,19 +293,6 @@ class Saver:
         """Of the grace; None while nobody asked to stop."""
         age_seconds = self._stop.age_seconds
         return None if age_seconds is None else max(0.0, self._grace_seconds - age_seconds)
-
-    def _tell(self, **changes: Any) -> None:
-        interval_steps = self._pace.interval_steps
-        self._report = self._report.model_copy(update={**changes, "interval_steps": interval_steps})
-        self._board.update(saves=self._report)
-
-    def _notice(self, notice: str) -> None:
-        self._board.add_notice(notice)
-        self._log(notice, logging.WARNING)
-
-    def _log(self, line: str, level: int = logging.INFO) -> None:
-        if self._run.world.rank == 0:
-            logger.log(level, line)
 
 
 def _open_slabs(file_bytes: int, spec: CheckpointSpec, run: Run) -> Slabs:

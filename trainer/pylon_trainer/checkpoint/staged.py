@@ -7,7 +7,8 @@ share, and whoever waits is woken by it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -96,12 +97,21 @@ class Staged:
         with self._changed:
             return self._changed.wait_for(lambda: offset not in self._uploads_without, timeout_seconds)
 
-    def finish(self, error: Exception | None) -> None:
+    @contextmanager
+    def keeping_errors(self) -> Iterator[None]:
+        """In the copier's thread, which nobody hears: the first error is kept for release(), and whoever looks, to
+        raise. The writer is told of no more parts."""
+        try:
+            yield
+        except Exception as error:
+            with self._changed:
+                self.error = self.error or error
+                self._uploads_without.clear()
+                self._changed.notify_all()
+
+    def finish(self) -> None:
         """The copier is through."""
         with self._changed:
-            self.error = error
-            if error is not None:
-                self._uploads_without.clear()
             self.sources = {}
             self.is_copied = True
             self.issued.set()

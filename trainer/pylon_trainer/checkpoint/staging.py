@@ -89,14 +89,14 @@ class Staging:
         """Copy these tensors as all work issued so far leaves them; None when no slab is free.
 
         tensors: those of the layout by name, on this device or the CPU. uploads: the writer's numbers of the files that
-        the bytes are for, begun there already. Collects what earlier saves no longer need.
+        the bytes are for, begun there already. Layouts are dear (5 us a tensor): make one and keep it.
         """
-        self._slabs.window_bytes(layout.size_bytes)
+        self._slabs.window_bytes(layout.size_bytes)  # refuse what can never fit
+        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        sources = {HEADER: header, **{name: tensors[name] for name in layout.places}}
         slab = self._slabs.take()
         if slab is None:
             return None
-        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        sources = {HEADER: header, **{name: tensors[name] for name in layout.places}}
         staged = Staged(layout, sources, self._mark(), slab, self._slabs, uploads, self._changed)
         self._live = [*(earlier for earlier in self._live if not earlier.is_free), staged]
         self._unreleased = staged
@@ -141,28 +141,25 @@ class Staging:
 
     def _copy_until_closed(self) -> None:
         while (staged := self._orders.get()) is not None:
-            error = None
-            try:
+            with staged.keeping_errors():
                 self._copy(staged)
-            except Exception as caught:  # told by Staged.error, raised by release()
-                error = caught
-            staged.finish(error)
-            del staged, error
+            staged.finish()
+            del staged  # not held while waiting for the next
         self._ranges_by_slab.clear()  # views of the arena
 
     def _copy(self, staged: Staged) -> None:
         under_way: deque[tuple[_Range, Mark]] = deque()
         with torch.no_grad(), self._side_stream(staged.ready):
             first = self._mark()
-            try:
+            with staged.keeping_errors():
                 self._issue(staged, under_way)
-            finally:
-                staged.last_copy = last = self._mark()
-                staged.issued.set()
-        while under_way:
-            self._hand_on(staged, *under_way.popleft())
-        last.synchronize()  # if it was cancelled, copies may still be on their way into the slab
-        if not staged.is_cancelled:
+            staged.last_copy = last = self._mark()
+        staged.issued.set()
+        with staged.keeping_errors():
+            while under_way:
+                self._hand_on(staged, *under_way.popleft())
+        last.synchronize()  # after an error, copies may still be on their way into the slab
+        if staged.error is None and not staged.is_cancelled:
             staged.copy_seconds = first.elapsed_time(last) / 1000
 
     def _issue(self, staged: Staged, under_way: deque[tuple[_Range, Mark]]) -> None:

@@ -117,6 +117,15 @@ class Storage:
         with contextlib.suppress(FileNotFoundError):
             self._patience(path).ask("remove", lambda: self._fs.rm(full, recursive=True), answers=(FileNotFoundError,))
 
+    def unfinished(self) -> list[str]:
+        """Names right below that hold uploads which were begun and never finished, where a store keeps such things out
+        of sight."""
+        if not self._is_s3:
+            return []
+        prefix = f"{self._key(self._root)}/".lstrip("/")
+        found = self._patience("").ask("list", lambda: self._bucket.unfinished(prefix))
+        return sorted({key.removeprefix(prefix).partition("/")[0] for key, _ in found})
+
     def abandon_uploads(self, path: str) -> None:
         """Drop what was begun below a directory and never finished, where a store keeps such things out of sight."""
         if self._is_s3:

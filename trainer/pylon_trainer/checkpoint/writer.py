@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from pylon_trainer.checkpoint.archive import Archive
@@ -66,16 +66,20 @@ class Writer:
                 target.in_turn.submit(self._settle, order, target)
 
     def close(self, timeout_seconds: float) -> bool:
-        """Give up all files. False when some could not be cleaned up in this time."""
+        """Give up all files, and see commits and removals through. False when that took longer than this time."""
+        deadline = time.monotonic() + timeout_seconds
         with self._ended:
             files = list(self._files.values())
         for file in files:
             file.cancel()
         with self._ended:
             are_gone = self._ended.wait_for(lambda: not self._files, timeout_seconds)
-        for target in self._targets.values():
+            targets = list(self._targets.values())
+        turns = [target.in_turn.submit(lambda: None) for target in targets]
+        late = wait(turns, max(0.0, deadline - time.monotonic())).not_done
+        for target in targets:
             target.in_turn.shutdown(wait=False, cancel_futures=True)
-        return are_gone
+        return are_gone and not late
 
     def _target(self, uri: str) -> _Target:
         with self._ended:
