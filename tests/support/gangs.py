@@ -18,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pylon_api import names
 from pylon_api.run import RunConfig, TerminationReport, TrainerStatus
 from pylon_trainer import launcher, worker
+from pylon_trainer.checkpoint.saver import Saver
+from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.runtime import processes
 
 DEADLINE_SECONDS = 90.0
@@ -162,6 +166,23 @@ def start_gang(directory: Path, config: dict[str, Any], environment: dict[str, s
 
         pods.append(Pod(fork(run), place))
     return pods
+
+
+def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every checkpoint committed before the next step begins, so that a test can say which there are: steps of
+    such tiny models are shorter than the writing of a file."""
+    end_step = Saver.end_step
+
+    def patched(saver: Saver, training_seconds: float) -> None:
+        end_step(saver, training_seconds)
+        saver._drain()
+
+    monkeypatch.setattr(Saver, "end_step", patched)
+
+
+def write_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers write checkpoints in threads of their own, where a test can change what a store does."""
+    monkeypatch.setattr(WriterHandle, "open", lambda arena, _: WriterHandle.in_thread(arena))
 
 
 def run_gang(directory: Path, config: dict[str, Any], environment: dict[str, str] | None = None) -> list[int]:
