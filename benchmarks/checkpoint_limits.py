@@ -163,10 +163,10 @@ class HostMemory:
 
 
 def _pss_bytes() -> int:
-    return sum(_pss_of(pid) for pid in _family(os.getpid()))
+    return sum(_pss_of(pid) for pid in family(os.getpid()))
 
 
-def _family(pid: int) -> set[int]:
+def family(pid: int) -> set[int]:
     """A process and all below it."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
