@@ -75,7 +75,7 @@ def test_bad_input_ends_with_one_line_and_no_trace(
     exit_code: int,
     words: list[str],
 ) -> None:
-    monkeypatch.setattr("pylon_trainer.checkpoint.storage.RETRY_DELAYS_SECONDS", ())
+    monkeypatch.setattr("pylon_trainer.checkpoint.retries.RETRY_DELAYS_SECONDS", ())
     ended, pod = run_pod(tmp_path, make_config(**change))
     assert ended == exit_code, pod.log
     assert all(word in pod.report.message for word in words), pod.report.message
