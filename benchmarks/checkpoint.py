@@ -5,8 +5,8 @@
 Every engine saves the same state (weights and two moments in float32) of the same model, between the same steps, to the
 same store, after one save that is not counted: it allocates and page-locks memory, starts processes and finds the
 store's free blocks. Beside them stand limits measured in the same run: the copy of one large buffer from the device to
-page-locked memory, and raw parallel writes of as many bytes to the store. What was saved last is read back and compared
-with what the state was. checkpoint_row.py says what each column is. An engine that fails costs only itself: it is
+page-locked memory, and raw parallel writes of as many bytes to the store. Of every save a few tensors are read back and
+compared with what they were when it began. checkpoint_row.py says what each column is. An engine that fails costs only itself: it is
 named, and the exit status is 1.
 """
 
@@ -30,14 +30,16 @@ from checkpoint_engines import DistributedCheckpoint, TorchSave
 from checkpoint_limits import GIB, HostMemory, copy_bytes_per_s, local_path, remove, store_bytes_per_s
 from checkpoint_loop import Engine, State, Training, save_among_steps
 from checkpoint_row import Case, goals, row_of
+from checkpoint_slab import SlabCheckpoint
 from gate_step import Shape
 from measure import RESULTS, print_table, read_rows, write_results
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-ENGINES: dict[str, Callable[[State], Engine]] = {
+ENGINES: dict[str, Callable[[State, str], Engine]] = {
+    "slab": SlabCheckpoint,
     "dcp-thread": partial(DistributedCheckpoint, kind=AsyncCheckpointerType.THREAD),
-    "dcp-process": partial(DistributedCheckpoint, kind=AsyncCheckpointerType.PROCESS),
     "torch.save": TorchSave,
+    "dcp-process": partial(DistributedCheckpoint, kind=AsyncCheckpointerType.PROCESS),
 }
 
 SHAPES = {
@@ -65,8 +67,8 @@ SHAPES = {
 }
 """Models by the GiB of their state."""
 
-COLUMNS = ("engine", "state_gib", "step_ms", "stall_ms", "slowdown", "upload_slowdown", "bytes_per_s", "store_fraction")
-COLUMNS += ("copy_ms", "d2h_fraction", "host_gib", "matches")
+COLUMNS = ["engine", "state_gib", "step_ms", "stall_ms", "slowdown", "upload_slowdown", "bytes_per_s", "store_fraction"]
+COLUMNS += ["copy_ms", "d2h_fraction", "host_gib", "matches"]
 """Of the printed table."""
 
 
@@ -74,31 +76,21 @@ def measure(training: Training, case: Case, uri: str, engine_name: str, checkpoi
     """One row. Raises what the engine fails of; nothing of it is left in the store."""
     gc.collect()
     memory = HostMemory()
-    engine = ENGINES[engine_name](training.state)
+    engine = ENGINES[engine_name](training.state, uri)
     try:
         with memory.watched():
-            save_among_steps(training, engine, f"{uri}/0")
-        timelines = []
+            save_among_steps(training, engine, 0)
+        timelines, matches = [], True
         for number in range(1, checkpoints + 1):
-            remove(f"{uri}/{number - 1}")
-            timelines.append(save_among_steps(training, engine, f"{uri}/{number}"))
+            engine.remove(number - 1)
+            timeline, samples = save_among_steps(training, engine, number)
+            timelines.append(timeline)
+            matches &= all(torch.equal(engine.read(number, *key), value.cpu()) for key, value in samples.items())
         memory.sample()
-        matches = _saves_what_is_there(training, engine, f"{uri}/{checkpoints + 1}")
     finally:
         engine.close()
         remove(uri)
     return row_of(case, engine_name, timelines, memory.growth_bytes, matches)
-
-
-def _saves_what_is_there(training: Training, engine: Engine, uri: str) -> bool:
-    """Whether a save holds the values of its moment though training went on at once; the last tensor of each group."""
-    last = {group: next(reversed(tensors)) for group, tensors in training.state.items()}
-    training.step()
-    wanted = {group: training.state[group][name].clone() for group, name in last.items()}
-    save = engine.begin(uri)
-    while not save.is_done():
-        training.step(engine.release).wait()
-    return all(torch.equal(engine.read(uri, group, name), wanted[group].cpu()) for group, name in last.items())
 
 
 def rows_of(
@@ -108,7 +100,7 @@ def rows_of(
     what = f"{training.state_bytes / GIB:.3g} GiB to {store}"
     uri = f"{store.rstrip('/')}/pylon-benchmark-{os.getpid()}"
     path = local_path(store)
-    if path is not None and shutil.disk_usage(path).free < 2.5 * training.state_bytes:
+    if path is not None and shutil.disk_usage(path).free < 1.2 * training.state_bytes:
         print(f"{what}: left out, only {shutil.disk_usage(path).free / GIB:.3g} GiB are free there", flush=True)
         return
     begin = time.perf_counter()
@@ -116,14 +108,17 @@ def rows_of(
     case = Case(store, training.state_bytes, *limits)
     told = f"limits {limits[0] / 1e9:.3g} GB/s to the store, {limits[1] / 1e9:.3g} GB/s to the host"
     print(f"{what}: {told}, measured in {time.perf_counter() - begin:.0f} s", flush=True)
-    seconds = 2 * (checkpoints + 2) * training.state_bytes / case.store_bytes_per_s
+    seconds = 2 * (checkpoints + 1) * training.state_bytes / case.store_bytes_per_s
     for name in engines:
         begin = time.perf_counter()
         if begin + seconds > deadline_s:
             print(f"  {name}: left out, about {seconds:.0f} s are more than --minutes leaves", flush=True)
             continue
         try:
-            yield measure(training, case, f"{uri}/{name}", name, checkpoints)
+            row = measure(training, case, f"{uri}/{name}", name, checkpoints)
+            if not row["matches"]:
+                failures.append(f"{name}, {what}: what it saved is not what the state was")
+            yield row
         except Exception:  # whatever one engine dies of must not cost the device time of the others
             failures.append(f"{name}, {what}")
             print(f"  {name} failed:\n{traceback.format_exc()}", flush=True)

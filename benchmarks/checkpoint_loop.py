@@ -23,6 +23,9 @@ from pylon_trainer.optim.adamw import AdamW
 State = dict[str, dict[str, Tensor]]
 """Group (model, first_moments, ...), name, tensor; not copies."""
 
+Samples = dict[tuple[str, str], Tensor]
+"""Values by group and name."""
+
 STEPS_IN_FLIGHT = 2
 PLAIN_STEPS = 5
 """Before each save. The first of them waits for its first kernels to be launched and is not counted."""
@@ -43,18 +46,22 @@ class Save(Protocol):
 
 
 class Engine(Protocol):
-    """One way to save a state that training goes on to change."""
+    """One way to save a state, to directories below a URI, while training goes on to change it."""
 
-    def begin(self, uri: str) -> Save:
-        """Save the state as it is once all steps asked for so far have been taken, to a directory that is not there."""
+    def begin(self, number: int) -> Save:
+        """Save the state as it is once all steps asked for so far have been taken."""
         ...
 
     def release(self) -> None:
         """Called before the state is changed: make sure, or see to it on the device, that it is copied."""
         ...
 
-    def read(self, uri: str, group: str, name: str) -> Tensor:
-        """One tensor of a committed checkpoint."""
+    def read(self, number: int, group: str, name: str) -> Tensor:
+        """One tensor of a committed save."""
+        ...
+
+    def remove(self, number: int) -> None:
+        """Remove a committed save from the store."""
         ...
 
     def close(self) -> None:
@@ -92,6 +99,11 @@ class Training:
             parameter.grad = None
         self._steps += 1
         return Mark(self.device)
+
+    def samples(self) -> Samples:
+        """Copies of the last tensor of each group as they will be once all steps asked for so far have been taken."""
+        last = {group: next(reversed(tensors)) for group, tensors in self.state.items()}
+        return {(group, name): self.state[group][name].clone() for group, name in last.items()}
 
     def warm_up(self) -> None:
         """Compile, and let the allocator settle."""
@@ -135,8 +147,8 @@ class Timeline:
         return [self.ends_s[i] - self.ends_s[i - 1] for i in range(first, last)]
 
 
-def save_among_steps(training: Training, engine: Engine, uri: str) -> Timeline:
-    """Plain steps, then a save, then steps until it is over."""
+def save_among_steps(training: Training, engine: Engine, number: int) -> tuple[Timeline, Samples]:
+    """Plain steps, then a save, then steps until it is over. Also samples of what is to be in the save."""
     origin = Mark(training.device)
     origin.wait()
     origin_s = time.perf_counter()  # ties the device's clock to the host's
@@ -149,12 +161,13 @@ def save_among_steps(training: Training, engine: Engine, uri: str) -> Timeline:
 
     for _ in range(PLAIN_STEPS):
         advance()
+    samples = training.samples()
     begun_s = time.perf_counter()
-    save = engine.begin(uri)
+    save = engine.begin(number)
     advance()
     while not save.is_done():
         advance()
     marks[-1].wait()
     assert save.durable_s is not None, "a save that is done says when it was"
     ends_s = [origin_s + origin.milliseconds_to(mark) / 1e3 for mark in marks]
-    return Timeline(ends_s, PLAIN_STEPS, begun_s, save.copied_s, save.durable_s)
+    return Timeline(ends_s, PLAIN_STEPS, begun_s, save.copied_s, save.durable_s), samples
