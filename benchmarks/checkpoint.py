@@ -6,8 +6,8 @@ Every engine saves the same state (weights and two moments in float32) of the sa
 same store, after one save that is not counted: it allocates and page-locks memory, starts processes and finds the
 store's free blocks. Beside them stand limits measured in the same run: the copy of one large buffer from the device to
 page-locked memory, and raw parallel writes of as many bytes to the store. Of every save a few tensors are read back and
-compared with what they were when it began. checkpoint_row.py says what each column is. An engine that fails costs only itself: it is
-named, and the exit status is 1.
+compared with what they were when it began. checkpoint_row.py says what each column is. An engine that fails costs only
+itself: it is named, and the exit status is 1.
 """
 
 from __future__ import annotations

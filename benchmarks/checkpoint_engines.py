@@ -16,14 +16,15 @@ from typing import Any
 import fsspec
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from checkpoint_limits import local_path, remove
 from checkpoint_loop import Save, State
 from torch import Tensor
 from torch.distributed.checkpoint import _async_process_executor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
 SHARED_MEMORY = Path("/dev/shm")
 WRITER_THREADS = min(8, os.cpu_count() or 1)
@@ -107,7 +108,7 @@ class DistributedCheckpoint:
         # come to its turn on the device. Let that stream wait: no order costs less.
         if (stream := getattr(self._stager, "_staging_stream", None)) is not None:
             stream.wait_stream(torch.accelerator.current_stream())
-        response: Any = dcp.async_save(
+        response: Any = async_save(
             self._state,
             storage_writer=_writer(f"{self._uri}/{number}"),
             async_checkpointer_type=self._kind,
@@ -125,7 +126,7 @@ class DistributedCheckpoint:
         uri = f"{self._uri}/{number}"
         state = {group: {name: torch.empty_like(self._state[group][name], device="cpu")}}
         path = local_path(uri)
-        dcp.load(state, storage_reader=FsspecReader(uri) if path is None else dcp.FileSystemReader(path))
+        load(state, storage_reader=FsspecReader(uri) if path is None else FileSystemReader(path))
         return state[group][name]
 
     def remove(self, number: int) -> None:
@@ -152,11 +153,11 @@ def _refuse_small_shared_memory(state: State, uri: str) -> None:
         raise OSError(f"{SHARED_MEMORY} has {free} bytes free; to stage for another process takes {needed}")
 
 
-def _writer(uri: str) -> dcp.FileSystemWriter:
+def _writer(uri: str) -> FileSystemWriter:
     path = local_path(uri)
     if path is None:
         return FsspecWriter(uri, thread_count=WRITER_THREADS)
-    return dcp.FileSystemWriter(path, thread_count=WRITER_THREADS)
+    return FileSystemWriter(path, thread_count=WRITER_THREADS)
 
 
 class _Uploading:
