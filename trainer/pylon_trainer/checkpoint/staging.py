@@ -89,14 +89,14 @@ class Staging:
         """Copy these tensors as all work issued so far leaves them; None when no slab is free.
 
         tensors: those of the layout by name, on this device or the CPU. uploads: the writer's numbers of the files that
-        the bytes are for, begun there already.
+        the bytes are for, begun there already. Layouts are dear (5 us a tensor): make one and keep it.
         """
-        self._slabs.window_bytes(layout.size_bytes)
+        self._slabs.window_bytes(layout.size_bytes)  # refuse what can never fit
+        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        sources = {HEADER: header, **{name: tensors[name] for name in layout.places}}
         slab = self._slabs.take()
         if slab is None:
             return None
-        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        sources = {HEADER: header, **{name: tensors[name] for name in layout.places}}
         staged = Staged(layout, sources, self._mark(), slab, self._slabs, uploads, self._changed)
         self._live = [*(earlier for earlier in self._live if not earlier.is_free), staged]
         self._unreleased = staged

@@ -7,6 +7,7 @@ joined by "/". What a state means is not known here; nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,13 +63,13 @@ def join(values: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _separate(part, _join_path(path, key), tensors) for key, part in value.items()}
     if isinstance(value, Tensor):
         if path in tensors:
             raise ValueError(f"state: two tensors are called {path}")
         tensors[path] = value.detach()
         return {TENSOR: {"key": path, "dtype": _name(value.dtype), "shape": list(value.shape)}}
+    if isinstance(value, Mapping):
+        return {key: _separate(part, _join_path(path, key), tensors) for key, part in value.items()}
     _check_json(value, path)
     return value
 
@@ -92,5 +93,6 @@ def _join_path(path: str, key: object) -> str:
     return f"{path}/{key}" if path else key
 
 
+@cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
