@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from pylon_api import names
 from pylon_api.base import Report, Spec, rule, rules
-from pylon_api.run import CheckpointReport, GateReport
+from pylon_api.run import CheckpointReport, GateReport, SaveReport
 from pylon_api.training import TrainingSpec
 
 PodTemplate = Annotated[
@@ -130,7 +130,7 @@ class PylonJobSpec(Spec):
     """Seconds after the end when the PylonJob is deleted with all its objects. Unset: it stays."""
     checkpoint_timeout_seconds: int = Field(default=120, ge=0, le=86400)
     """Seconds to wait for a commit that was asked for before pods are deleted (suspend); 0 does not ask. Also the pods'
-    termination grace, which is at least 30."""
+    termination grace, which is at least 30, unless template sets terminationGracePeriodSeconds."""
     failure_policy: FailurePolicy = FailurePolicy()
     """What happens when a pod fails."""
     scheduling: SchedulingSpec = SchedulingSpec()
@@ -227,6 +227,8 @@ class TrainingProgress(Report):
     """Bytes that one rank exchanged per step, the larger of sent and received."""
     skipped_steps: int = 0
     """Steps of this attempt whose update was left out because logits or gradients were not finite."""
+    saves: SaveReport | None = None
+    """How saving goes; unset when nothing is saved."""
     notices: list[str] = Field(default=[], max_length=20)
     """What a person should know, for example a damaged checkpoint that was passed over; newest last."""
     sample: str | None = None
@@ -302,7 +304,7 @@ class PylonJobStatus(Report):
     training: TrainingProgress | None = None
     """How far training is."""
     checkpoint: CheckpointReport | None = None
-    """The newest committed checkpoint."""
+    """The newest committed checkpoint: that of the latest attempt that committed any, and of its highest step."""
     failures: list[FailureRecord] = Field(default=[], max_length=10)
     """How the last attempts ended, newest last."""
 

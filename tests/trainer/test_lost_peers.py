@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from gangs import run_pod, start_gang
+from pylon_trainer.checkpoint.checkpointer import Checkpointer
 
 from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_trainer import worker
-from pylon_trainer.checkpoint.checkpointer import Checkpointer
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.run import Run

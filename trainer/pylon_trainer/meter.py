@@ -39,6 +39,8 @@ class Meter:
     def __init__(self, world: World) -> None:
         self._world = world
         self._tally = torch.zeros(difficulty.SHAPE, dtype=torch.float64, device=world.device)
+        self.training_seconds = 0.0
+        """Since training began, without pauses."""
         self._reset()
 
     def _reset(self) -> None:
@@ -65,8 +67,8 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is no training time: an evaluation or a checkpoint. Waits for the device first, whose lag counts
-        towards the steps before."""
+        """Time in here is no training time: an evaluation. Waits for the device first, whose lag counts towards the
+        steps before."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
         self._count_time()
@@ -97,4 +99,5 @@ class Meter:
     def _count_time(self) -> None:
         now = time.perf_counter()
         self._seconds += now - self._last_time
+        self.training_seconds += now - self._last_time
         self._last_time = now

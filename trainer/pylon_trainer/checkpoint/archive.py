@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +26,10 @@ logger = logging.getLogger("pylon")
 _NAME = re.compile(r"step-(?P<step>\d{12})-attempt-(?P<attempt>\d{6})-[0-9a-f]{8}")
 _CLAIM = re.compile(r"attempt-(?P<attempt>\d{6})")
 _CLAIMS = "attempts"
+_LOOK_BACK = 8
+"""Attempts, this one included, whose claims are looked for even when they are not listed. Each takes over the hints of
+those before it, so several tell more than one only when an older attempt committed after a newer one began."""
+
 _DAMAGED = "DAMAGED"
 """Left in a committed checkpoint that proved damaged, with the reason."""
 
@@ -83,9 +87,12 @@ class Archive:
         """Leave word that this attempt has begun, so that an older one which still runs commits nothing more."""
         self._write_claim(self._hinted())
 
-    def new_name(self, step: int) -> str:
-        """A directory that no other save will ever use, not even one of the same step and attempt."""
-        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.token_hex(4)}"
+    def new_name(self, step: int, nonce: int | None = None) -> str:
+        """A directory that no other save will ever use, not even one of the same step and attempt.
+
+        nonce: 32 bits that ranks agreed on, so that all come to the same name.
+        """
+        return f"step-{step:012d}-attempt-{self._attempt:06d}-{secrets.randbits(32) if nonce is None else nonce:08x}"
 
     def commit(self, name: str, manifest: Manifest) -> CheckpointReport:
         """Make a checkpoint count whose files are all durable.
@@ -93,7 +100,7 @@ class Archive:
         PeerLost when a newer attempt has begun, StorageError when the store refuses: then `discard` removes its files.
         """
         content = manifest.dump()
-        self.storage.write(f"{name}/{MANIFEST}", content)
+        self._write_once(f"{name}/{MANIFEST}", content)
         # Before the marker: hinting at what is not committed does no harm, not hinting at what is might lose it.
         self._write_claim([name, *self._hinted()])
         self._refuse_if_superseded()
@@ -101,7 +108,7 @@ class Archive:
         try:
             self.storage.create(f"{name}/{COMMITTED}", marker.dump())
         except FileExistsError:
-            return self._committed_already(name, content)
+            return self._committed_already(name)
         return self._report(name, manifest, marker)
 
     def prune(self) -> None:
@@ -151,27 +158,11 @@ class Archive:
         hinted = [Listed(place, True) for place in _places(set(self._hinted()) - set(names))]
         return sorted(listed + hinted, key=lambda one: one.place, reverse=True)
 
-    def candidates(
-        self, passed_over: Callable[[str], None], step: int | None = None, name: str | None = None
-    ) -> Iterator[Found]:
-        """Committed checkpoints, newest first; only those of a step, or the one of a name, when that is given.
-
-        passed_over: told, in one line each, of committed ones whose manifest is damaged.
-        """
-        seen: set[str] = set()
-        # Again when all are used up: an attempt that still runs may have committed, and removed what was offered here.
-        while fresh := [one for one in self.checkpoints() if one.is_committed and one.name not in seen]:
-            for listed in fresh:
-                seen.add(listed.name)
-                if step not in (None, listed.place.step) or name not in (None, listed.name):
-                    continue
-                try:
-                    yield self.load(listed.name)
-                except DamagedCheckpoint as damage:
-                    passed_over(f"passed over {self.storage.uri}/{listed.name}: {damage}")
-
     def load(self, name: str) -> Found:
-        """A committed checkpoint's manifest. DamagedCheckpoint unless there are a valid marker and the manifest it names."""
+        """What a committed checkpoint's manifest tells.
+
+        DamagedCheckpoint unless there are a valid marker and the manifest that it names.
+        """
         try:
             marker = Marker.parse(self.storage.read(f"{name}/{COMMITTED}"))
             content = self.storage.read(f"{name}/{MANIFEST}")
@@ -189,15 +180,20 @@ class Archive:
         except FileNotFoundError:
             return None
 
-    def _committed_already(self, name: str, content: bytes) -> CheckpointReport:
-        """The marker is ours and the store's answer was lost on its way; or nodes share a disk and one was faster."""
+    def _write_once(self, path: str, content: bytes) -> None:
+        """It may be there already, from a node of this job that shares the disk. StorageError for another content."""
         try:
-            found = self.load(name)
+            self.storage.create(path, content)
+        except FileExistsError:
+            if self.storage.read(path) != content:
+                raise StorageError(f"{self.storage.uri}/{path} is there already, with another content") from None
+
+    def _committed_already(self, name: str) -> CheckpointReport:
+        """For a marker that was there: that of a node of this job that shares the disk and was faster."""
+        try:
+            return self.load(name).report
         except DamagedCheckpoint as damage:
             raise StorageError(f"{self.storage.uri}/{name} cannot be committed: {damage}") from damage
-        if found.manifest.dump() != content:
-            raise StorageError(f"{self.storage.uri}/{name} is committed already, as another checkpoint")
-        return found.report
 
     def _is_whole(self, name: str) -> bool:
         """As far as that shows without reading its files."""
@@ -212,6 +208,7 @@ class Archive:
     def _report(self, name: str, manifest: Manifest, marker: Marker) -> CheckpointReport:
         return CheckpointReport(
             step=manifest.step,
+            attempt=manifest.attempt,
             uri=f"{self.storage.uri}/{name}",
             committed_time=marker.committed_time,
             size_bytes=manifest.size_bytes,
@@ -234,10 +231,11 @@ class Archive:
     def _hinted(self) -> list[str]:
         """Committed checkpoints that claims name, newest first, down to the newest attempt that committed any.
 
-        Claims are read by their names, so a listing that lags hides nothing.
+        The latest claims are looked for by their names, because a listing may not show them yet.
         """
+        latest = range(self._attempt, max(0, self._attempt - _LOOK_BACK), -1)
         found: set[Place] = set()
-        for attempt in range(max([self._attempt, *self._claims()]), 0, -1):
+        for attempt in sorted({*latest, *self._claims()}, reverse=True):
             try:
                 lines = self.storage.read(_claim(attempt)).decode(errors="replace").splitlines()
             except FileNotFoundError:
@@ -252,9 +250,11 @@ class Archive:
 def open_other(uri: str) -> tuple[Archive, str | None]:
     """Checkpoints of another run, to look at only: from its directory, or from the directory of a single one.
 
-    Returns the name too when the URI is that of a single one.
+    Returns the name too when the URI is that of a single one. A last part `latest` is a word for people, as no store
+    holds an object of that name that could point at nothing: it means the newest of the directory.
     """
-    parent, _, name = uri.rstrip("/").rpartition("/")
+    uri = uri.rstrip("/").removesuffix("/latest")
+    parent, _, name = uri.rpartition("/")
     single = _NAME.fullmatch(name) is not None
     return Archive(Storage(parent if single else uri), attempt=0, keep=1), name if single else None
 

@@ -19,17 +19,19 @@ def audit(storage: Storage, found: Found, read: Callable[[int], None] = lambda _
 
     read: told the bytes of each part that was read.
     """
-    with ThreadPoolExecutor(READERS) as readers:
+    readers = ThreadPoolExecutor(READERS)
+    try:
         for file, entry in found.manifest.files.items():
             if damage := _damage_of_file(storage, found.name, file, entry):
                 yield damage
                 continue
-            for part, damaged in zip(
-                entry.parts(), readers.map(partial(_damage_of_part, storage, found.name, file), entry.parts()), strict=True
-            ):
+            damages = readers.map(partial(_damage_of_part, storage, found.name, file), entry.parts())
+            for part, damaged in zip(entry.parts(), damages, strict=True):
                 read(part.length)
                 if damaged:
                     yield damaged
+    finally:
+        readers.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
 
 
 def _damage_of_file(storage: Storage, name: str, file: str, entry: FileEntry) -> str | None:

@@ -112,6 +112,16 @@ class Manifest:
             raise DamagedCheckpoint(f"{MANIFEST} does not parse") from error
 
 
+def placeholders(tree: Any) -> Iterator[dict[str, Any]]:
+    """What a tree says of each of its tensors: "file", "key" in that file, "dtype" as torch names it, "shape"."""
+    if isinstance(tree, dict):
+        if TENSOR in tree:
+            yield tree[TENSOR]
+        else:
+            for value in tree.values():
+                yield from placeholders(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Marker:
     """The commit: which manifest counts, and since when. One line that ends with its own checksum."""

@@ -8,7 +8,9 @@ cores where s3fs's single event loop does not. It tries nothing again: that is r
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -29,24 +31,8 @@ class Bucket:
     """One bucket. Errors are botocore's, except FileExistsError, FileNotFoundError and EOFError."""
 
     def __init__(self, fs: S3FileSystem, name: str) -> None:
-        import botocore.session
-        from botocore.config import Config
-
         self.name = name
-        self.client: Any = botocore.session.get_session().create_client(
-            "s3",
-            endpoint_url=fs.endpoint_url,
-            aws_access_key_id=fs.key,
-            aws_secret_access_key=fs.secret,
-            aws_session_token=fs.token,
-            config=Config(
-                retries={"total_max_attempts": 1},
-                max_pool_connections=CONNECTIONS,
-                connect_timeout=_CONNECT_SECONDS,
-                read_timeout=_SILENCE_SECONDS,
-                tcp_keepalive=True,
-            ),
-        )
+        self.client = _client(fs, os.getpid())
 
     def create(self, key: str, data: bytes) -> None:
         """FileExistsError when the key is there."""
@@ -114,8 +100,27 @@ class Bucket:
             if status_of(error) != 404:
                 raise
 
-    def close(self) -> None:
-        self.client.close()
+
+@functools.lru_cache(maxsize=8)
+def _client(fs: S3FileSystem, _: int) -> Any:
+    """Clients are slow to make, and safe to share between threads, but not between processes."""
+    import botocore.session
+    from botocore.config import Config
+
+    return botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=fs.endpoint_url,
+        aws_access_key_id=fs.key,
+        aws_secret_access_key=fs.secret,
+        aws_session_token=fs.token,
+        config=Config(
+            retries={"total_max_attempts": 1},
+            max_pool_connections=CONNECTIONS,
+            connect_timeout=_CONNECT_SECONDS,
+            read_timeout=_SILENCE_SECONDS,
+            tcp_keepalive=True,
+        ),
+    )
 
 
 class S3Upload:

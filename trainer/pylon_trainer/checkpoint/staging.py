@@ -117,8 +117,8 @@ class Staging:
         if staged.error is not None and not isinstance(staged.error, StorageError):
             raise staged.error
 
-    def wait_for_slab(self, timeout_seconds: float) -> bool:
-        """Wait until a save can begin; False when none could in this time."""
+    def wait_for_slab(self, timeout_seconds: float | None) -> bool:
+        """Wait until a save can begin; False when none could in this time. None sets no limit."""
         with self._changed:
             return self._changed.wait_for(lambda: self._slabs.has_free, timeout_seconds)
 

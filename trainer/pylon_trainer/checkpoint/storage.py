@@ -123,11 +123,6 @@ class Storage:
             prefix = self._key(self._full(path)) + "/"
             self._patience(path).ask("remove", lambda: self._bucket.abandon_uploads(prefix))
 
-    def close(self) -> None:
-        """Close the connections that it holds."""
-        if "_bucket" in self.__dict__:
-            self._bucket.close()
-
     def _write(self, full: str, data: bytes) -> None:
         if self._is_local:
             return disk.write(Path(full), data)

@@ -75,7 +75,6 @@ class Writer:
             are_gone = self._ended.wait_for(lambda: not self._files, timeout_seconds)
         for target in self._targets.values():
             target.in_turn.shutdown(wait=False, cancel_futures=True)
-            target.close()
         return are_gone
 
     def _target(self, uri: str) -> _Target:
@@ -120,10 +119,6 @@ class _Target:
             if self._storage is None:
                 self._storage = Storage(self._uri)
             return self._storage
-
-    def close(self) -> None:
-        if self._storage is not None:
-            self._storage.close()
 
 
 class _File:
