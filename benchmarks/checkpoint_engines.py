@@ -21,10 +21,14 @@ from checkpoint_loop import Save, State
 from torch import Tensor
 from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
+
+try:
+    from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
+except ImportError:  # its name up to torch 2.12
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 SHARED_MEMORY = Path("/dev/shm")
 WRITER_THREADS = min(8, os.cpu_count() or 1)
@@ -96,6 +100,8 @@ class DistributedCheckpoint:
                 use_non_blocking_copy=on_device,
             )
         )
+        # Up to torch 2.11 async_save closes the stager after every save, which loses its memory and its mind.
+        self._close_stager, self._stager.close = self._stager.close, lambda: None
         self._staged: Future[None] | None = None
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
@@ -133,7 +139,7 @@ class DistributedCheckpoint:
         remove(f"{self._uri}/{number}")
 
     def close(self) -> None:
-        self._stager.close()
+        self._close_stager()
         # The process lives as long as this reference, and holds on to the staged memory.
         _async_process_executor._CHECKPOINT_PROCESS = None
         if self._owns_group:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import fsspec
@@ -64,7 +64,7 @@ def store_bytes_per_s(uri: str, size_bytes: int) -> float:
     source = memoryview(os.urandom(min(size_bytes, BLOCK_BYTES)) * max(1, min(size_bytes, GIB) // BLOCK_BYTES))
     ways: list[Callable[[int], float]]
     if path is None:
-        ways = [partial(_put_objects, directory, source, writers) for writers in OBJECT_WRITERS]
+        ways = [partial(_put_objects, directory, writers) for writers in OBJECT_WRITERS]
     else:
         ways = [
             partial(_write_files, path / "limit", source, files, writers)
@@ -109,30 +109,27 @@ def _write_files(directory: Path, source: memoryview, files: int, writers: int, 
             os.close(descriptor)
 
 
-def _put_objects(directory: str, source: memoryview, writers: int, total_bytes: int) -> float:
+def _put_objects(directory: str, writers: int, total_bytes: int) -> float:
     """Seconds. Each writer is a process with a client of its own that puts one object."""
-    context = multiprocessing.get_context("spawn")
-    all_are_up = context.Barrier(writers + 1)
-    size = total_bytes // writers
-    with context.Pool(writers, _meet, (all_are_up, bytes(source[:BLOCK_BYTES]), size)) as pool:
-        all_are_up.wait()
+    command = [sys.executable, str(Path(__file__).with_name("put_object.py")), str(total_bytes // writers)]
+    pipe = subprocess.PIPE
+    with ExitStack() as started:
+        processes = [
+            started.enter_context(subprocess.Popen([*command, f"{directory}/{number}"], stdin=pipe, stdout=pipe))
+            for number in range(writers)
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is ready, or has ended
         begin = time.perf_counter()
-        pool.map(_put_object, [f"{directory}/{number}" for number in range(writers)], chunksize=1)
-        return time.perf_counter() - begin
-
-
-_object = b""
-
-
-def _meet(all_are_up: Barrier, block: bytes, size_bytes: int) -> None:
-    global _object
-    _object = (block * -(-size_bytes // len(block)))[:size_bytes]
-    all_are_up.wait()
-
-
-def _put_object(uri: str) -> None:
-    fs, path = fsspec.core.url_to_fs(uri)
-    fs.pipe_file(path, _object)
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        codes = [process.wait() for process in processes]
+        seconds = time.perf_counter() - begin
+    if any(codes):
+        raise OSError(f"raw writers to {directory} ended with {codes}")
+    return seconds
 
 
 class HostMemory:
