@@ -104,7 +104,12 @@ def rows_of(
         print(f"{what}: left out, only {shutil.disk_usage(path).free / GIB:.3g} GiB are free there", flush=True)
         return
     begin = time.perf_counter()
-    limits = store_bytes_per_s(uri, training.state_bytes), copy_bytes_per_s(training.device, training.state_bytes)
+    try:
+        limits = store_bytes_per_s(uri, training.state_bytes), copy_bytes_per_s(training.device, training.state_bytes)
+    except Exception:  # a store that is not there must not cost the others
+        failures.append(f"the limits of {what}")
+        print(f"{what}: cannot be measured:\n{traceback.format_exc()}", flush=True)
+        return
     case = Case(store, training.state_bytes, *limits)
     told = f"limits {limits[0] / 1e9:.3g} GB/s to the store, {limits[1] / 1e9:.3g} GB/s to the host"
     print(f"{what}: {told}, measured in {time.perf_counter() - begin:.0f} s", flush=True)

@@ -150,6 +150,16 @@ def test_torchs_own_engines_save_the_same_state(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("toy")
+def test_a_store_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "no-directory").touch()
+    assert run(monkeypatch, tmp_path, "--store", str(tmp_path / "no-directory"), "--engine", "torch.save") == 1
+    assert "no-directory" in capsys.readouterr().err
+    assert [row["store"] for row in rows_in(tmp_path)] == [str(tmp_path / "store")]
+
+
+@pytest.mark.usefixtures("toy")
 def test_what_does_not_fit_in_the_time_is_left_out_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
