@@ -100,8 +100,12 @@ class DistributedCheckpoint:
                 use_non_blocking_copy=on_device,
             )
         )
-        # Up to torch 2.11 async_save closes the stager after every save, which loses its memory and its mind.
-        self._close_stager, self._stager.close = self._stager.close, lambda: None
+        # Up to torch 2.11 every save closes what stages, which then cannot stage again: closing is for the end here.
+        self._closes = [
+            (part, part.close) for part in (self._stager, getattr(self._stager, "_state_dict_stager", None)) if part
+        ]
+        for part, _ in self._closes:
+            part.close = lambda: None
         self._staged: Future[None] | None = None
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
@@ -139,7 +143,8 @@ class DistributedCheckpoint:
         remove(f"{self._uri}/{number}")
 
     def close(self) -> None:
-        self._close_stager()
+        for _, close in self._closes:
+            close()
         # The process lives as long as this reference, and holds on to the staged memory.
         _async_process_executor._CHECKPOINT_PROCESS = None
         if self._owns_group:
