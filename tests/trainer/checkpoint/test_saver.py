@@ -201,8 +201,8 @@ def test_when_a_writer_dies_its_save_is_given_up_and_the_next_one_commits(
         writers[:] = [writer]
         handle(writer, order)
 
-    def kill_writer(saver: Saver, reach: Any) -> None:
-        begin(saver, reach)
+    def kill_writer(saver: Saver, *arguments: Any) -> None:
+        begin(saver, *arguments)
         if saver._run.step == 6 and saver._run.world.rank == 1:
             wait_until(lambda: writers[0].pid is not None)
             os.kill(writers[0].pid or 0, signal.SIGKILL)
@@ -254,10 +254,10 @@ def test_while_a_store_is_slow_one_save_waits_and_holds_the_newest_step(
     begun: list[int] = []
     begin = Saver._begin
 
-    def record(saver: Saver, reach: Any) -> None:
+    def record(saver: Saver, *arguments: Any) -> None:
         begun.append(saver._run.step)
         (tmp_path / "begun").write_text(json.dumps(begun))
-        begin(saver, reach)
+        begin(saver, *arguments)
 
     monkeypatch.setattr(DiskUpload, "put", slow)
     monkeypatch.setattr(Saver, "_begin", record)
@@ -416,11 +416,11 @@ def test_a_disk_that_refuses_costs_no_checkpoint_in_the_store(
 def test_with_memory_for_a_part_of_the_state_it_goes_through_in_pieces(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("writer", "manifest", "saver", "disk", "s3", "storage"):
-        monkeypatch.setattr(f"pylon_trainer.checkpoint.{module}.PART_BYTES", 16384, raising=False)
+    for module in ("writer", "pipeline"):
+        monkeypatch.setattr(f"pylon_trainer.checkpoint.{module}.PART_BYTES", 16384)
     write_within(monkeypatch)
     save_at_once(monkeypatch)
-    monkeypatch.setattr("pylon_trainer.checkpoint.saver.default_budget_bytes", lambda _: 32768)
+    monkeypatch.setattr("pylon_trainer.checkpoint.pipeline.default_budget_bytes", lambda _: 32768)
     exit_code, pod = run_pod(tmp_path, make_config())
     assert exit_code == 0, pod.log
     assert any("does not hold this rank's share" in notice for notice in pod.final.notices)
