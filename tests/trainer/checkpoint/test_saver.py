@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -125,6 +126,36 @@ def test_a_run_goes_on_with_three_ranks_and_then_with_one(
     assert losses(*pods) == pytest.approx(losses(whole), abs=2e-5)
     assert positions(newest(checkpoints)) == expected
     assert "is of 3 ranks, this run of 1: generators begin anew" in pods[2].log
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_bit_for_bit_and_on_a_cpu_nearly_so(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if subprocess.run(["nvidia-smi"], capture_output=True).returncode:  # asking torch would hinder the forks below
+        pytest.skip("needs a CUDA device")
+    save_at_once(monkeypatch)
+    recipe = {
+        "processes": 1,
+        "gating": GATING,
+        "schedule": {"steps": 12},
+        "checkpoint": {"intervalSteps": 4, "keep": 9},
+    }
+    exit_code, whole = run_pod(tmp_path / "whole", make_config(gpus=1, **recipe))
+    assert exit_code == 0, whole.log
+    expected = files(newest(checkpoints))
+    for marker in checkpoints.glob("step-*-attempt-000001-*/COMMITTED"):
+        if "step-000000000004" not in str(marker):
+            marker.unlink()
+    for attempt, gpus in ((2, 1), (3, 0)):
+        exit_code, pod = run_pod(tmp_path / "parts", make_config(attempt=attempt, gpus=gpus, **recipe))
+        assert exit_code == 0, pod.log
+        assert min(losses(pod)) == 5
+        assert losses(pod) == pytest.approx({step: loss for step, loss in losses(whole).items() if step > 4}, abs=1e-3)
+        if gpus:
+            assert files(newest(checkpoints)) == expected
+        for marker in checkpoints.glob(f"step-*-attempt-{attempt:06d}-*/COMMITTED"):
+            marker.unlink()
 
 
 def test_a_stop_while_a_save_is_written_waits_for_the_newest_state(
