@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -132,7 +131,7 @@ def test_a_run_goes_on_with_three_ranks_and_then_with_one(
 def test_a_run_on_a_gpu_goes_on_bit_for_bit_and_on_a_cpu_nearly_so(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if subprocess.run(["nvidia-smi"], capture_output=True).returncode:  # asking torch would hinder the forks below
+    if torch.cuda.device_count() == 0:  # is_available could begin to use the device, which the forks below must do
         pytest.skip("needs a CUDA device")
     save_at_once(monkeypatch)
     recipe = {
@@ -151,7 +150,7 @@ def test_a_run_on_a_gpu_goes_on_bit_for_bit_and_on_a_cpu_nearly_so(
         exit_code, pod = run_pod(tmp_path / "parts", make_config(attempt=attempt, gpus=gpus, **recipe))
         assert exit_code == 0, pod.log
         assert min(losses(pod)) == 5
-        assert losses(pod) == pytest.approx({step: loss for step, loss in losses(whole).items() if step > 4}, abs=1e-3)
+        assert losses(pod) == pytest.approx({step: loss for step, loss in losses(whole).items() if step > 4}, abs=0.02)
         if gpus:
             assert files(newest(checkpoints)) == expected
         for marker in checkpoints.glob(f"step-*-attempt-{attempt:06d}-*/COMMITTED"):
