@@ -125,8 +125,11 @@ def test_what_cannot_be_sent_ends_in_one_line_and_leaves_nothing(
     assert unfinished() == []
 
 
-def test_a_store_that_says_slow_down_gets_longer_waits(s3: FaultyStore, storage: Storage, waits: list[float]) -> None:
-    s3.faults.append(Refuse(holds=SECOND, times=3))
+@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (503, "ServiceUnavailable"), (400, "SlowDown")])
+def test_a_store_that_says_slow_down_gets_longer_waits(
+    s3: FaultyStore, storage: Storage, waits: list[float], status: int, code: str
+) -> None:
+    s3.faults.append(Refuse(holds=SECOND, times=3, status=status, code=code))
     upload(storage, "step/file")
     assert all(most <= wait <= 2 * most for wait, most in zip(waits, RETRY_DELAYS_SECONDS, strict=False))
     assert len(waits) == 3

@@ -358,6 +358,21 @@ def test_orders_around_a_death_have_one_ending_each(tmp_path: Path, open_writer:
     assert all(isinstance(endings[upload], Failed) for upload in range(0, 10, 2))
 
 
+def test_orders_that_failed_before_they_were_sent_are_never_carried_out(tmp_path: Path, open_writer: Any) -> None:
+    save = open_writer()
+    os.kill(save.pid, signal.SIGSTOP)
+    save.begin(1, tmp_path, "step/one")
+    for _ in range(2_000):  # more than a pipe holds
+        save.fill(1)
+    save.begin(2, tmp_path, "step/two")
+    os.kill(save.pid, signal.SIGKILL)
+    eventually(lambda: save.ended == [1, 2])
+    save.begin(3, tmp_path, "step/three")
+    save.fill(3)
+    eventually(lambda: save.ended == [1, 2, 3])
+    assert [path.name for path in (tmp_path / "step").iterdir()] == ["three"]
+
+
 def test_signals_to_stop_do_not_end_it(tmp_path: Path, open_writer: Any) -> None:
     save = open_writer()
     save.begin(1, tmp_path, "step/one")
@@ -377,11 +392,14 @@ def test_it_dies_with_its_rank(tmp_path: Path) -> None:
     """Even when somebody else holds the pipes open, as a process that the rank forked does."""
 
     def run() -> None:
-        save = Save(Arena(), WriterHandle.in_process(Arena()))
-        (tmp_path / "pid").write_text(str(save.pid))  # started: a fork in the middle of that would hold it up
-        (tmp_path / "sleeper").write_text(str(fork(lambda: time.sleep(DEADLINE_SECONDS))))
+        arena = Arena()
+        save = Save(arena, WriterHandle.in_process(arena))
+        save.handle.listen(lambda *part: save.taken.append(part), save.ended.append)
         save.begin(1, tmp_path)
         save.handle.part(1, 0, 0, PART_BYTES)
+        eventually(lambda: save.taken)
+        (tmp_path / "pid").write_text(str(save.pid))
+        (tmp_path / "sleeper").write_text(str(fork(lambda: time.sleep(2 * DEADLINE_SECONDS))))
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert wait(fork(run)) == 128 + signal.SIGKILL
