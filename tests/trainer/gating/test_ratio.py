@@ -12,6 +12,7 @@ from pylon_trainer.gating.ratio import (
     EXPIRY,
     LADDER,
     PLAIN,
+    TRIAL,
     Belief,
     Control,
     Observation,
@@ -150,6 +151,17 @@ def test_times_expire_and_are_measured_anew() -> None:
         assert belief.ratio == 0.5
     belief = belief.after(gated_alone, control)
     assert belief.reason == "measuring the time of a plain step"
+    assert belief.after(KNOWN, control).ratio == 0.5
+
+
+def test_a_trial_of_gated_steps_is_short_and_comes_again_until_it_was_timed() -> None:
+    control = control_of()
+    untimed = Observation(KNOWN.mass, KNOWN.share, {PLAIN: KNOWN.seconds[PLAIN]})
+    belief, tried = Belief.initial(control), []
+    for _ in range(3 * TRIAL + 1):
+        belief = belief.after(untimed, control)
+        tried.append(belief.ratio < PLAIN)
+    assert tried == [True, *[False] * (TRIAL - 1)] * 3 + [True]
     assert belief.after(KNOWN, control).ratio == 0.5
 
 

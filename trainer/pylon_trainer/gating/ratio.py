@@ -46,6 +46,10 @@ benchmarks/gate_bias.py measures at ratios from 0.25 to 0.75."""
 EXPIRY = 256
 """Observations after which a measured time is forgotten."""
 
+TRIAL = 3
+"""Observations from a trial of gated steps until its times are known. The steps of all but the first are plain again,
+because a trial that does not pay should cost little."""
+
 
 @dataclass(frozen=True)
 class Control:
@@ -110,6 +114,8 @@ class Belief:
     seconds: Mapping[float, float] = field(default_factory=dict)
     ages: Mapping[float, int] = field(default_factory=dict)
     """Observations since a time was measured."""
+    trial_wait: int = 0
+    """Observations until the time that a trial of gated steps took must be known."""
 
     @classmethod
     def initial(cls, control: Control) -> Belief:
@@ -129,19 +135,20 @@ class Belief:
             share=_smoothed(self.share, observation.share),
             seconds={ratio: seconds[ratio] for ratio in known},
             ages={ratio: ages[ratio] for ratio in known},
+            trial_wait=max(0, self.trial_wait - 1),
         )
         return _decided(learnt, control)
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         tables = {name: _as_pairs(getattr(self, name)) for name in ("mass", "share", "seconds", "ages")}
-        return {"ratio": self.ratio, "reason": self.reason, **tables}
+        return {"ratio": self.ratio, "reason": self.reason, "trial_wait": self.trial_wait, **tables}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Belief:
         """What to_state gave."""
         tables = {name: dict(map(tuple, state[name])) for name in ("mass", "share", "seconds", "ages")}
-        return cls(state["ratio"], state["reason"], **tables)
+        return cls(state["ratio"], state["reason"], **tables, trial_wait=state["trial_wait"])
 
 
 def cuts_gradients(gating: GatingSpec) -> bool:
@@ -191,7 +198,9 @@ def _decided(belief: Belief, control: Control) -> Belief:
         ratio = _towards(belief, control, holding[0])
         return replace(belief, ratio=ratio, reason=_mass(belief, ratio))
     if not any(ratio < PLAIN for ratio in belief.seconds):
-        return replace(belief, ratio=holding[0], reason="measuring the time of a gated step")
+        if belief.trial_wait:
+            return replace(belief, ratio=PLAIN, reason="waiting for the time that gated steps took")
+        return replace(belief, ratio=holding[0], reason="measuring the time of a gated step", trial_wait=TRIAL)
     costs = fit_costs(belief.seconds)
     gains = {ratio: control.worth(belief, ratio) / costs(ratio) for ratio in holding}
     paying = [ratio for ratio in holding if gains[ratio] > _least_gain(belief, ratio)]
