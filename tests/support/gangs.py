@@ -175,7 +175,8 @@ def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def patched(saver: Saver, training_seconds: float) -> None:
         end_step(saver, training_seconds)
-        saver._drain()
+        if saver._pipeline is not None:
+            saver._drain(saver._pipeline)
 
     monkeypatch.setattr(Saver, "end_step", patched)
 

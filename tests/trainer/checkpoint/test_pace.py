@@ -26,7 +26,8 @@ class Life:
         self.training_seconds = 0.0
         self.step = step
         self.is_saving = False
-        self.pace = Pace(run.training.checkpoint, run, step, lambda: self.now)
+        self.pace = Pace(run.training.checkpoint, run, lambda: self.now)
+        self.pace.begin(step)
 
     def live(self, steps: int, cost_seconds: float = 0.0, write_seconds: float = 0.0) -> list[int]:
         """Steps that were saved, each at this cost and committed after this time, within the next step."""

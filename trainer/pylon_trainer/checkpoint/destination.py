@@ -47,10 +47,12 @@ class Outcome:
     save: Save
     report: CheckpointReport
     """What was committed; in full on a rank that did."""
-    error: TrainerError | None = None
+    error: TrainerError | None
     """Why nothing was: the save was given up."""
 
-    seconds: float = 0.0
+    is_in_store: bool
+    """Whether it was for the store, and not for the nodes' disks."""
+    seconds: float
     """From its beginning."""
 
 
@@ -173,4 +175,4 @@ class Destination:
         report = CheckpointReport(step=save.step, attempt=self._archive.attempt, uri=f"{self._uri}/{save.name}")
         if isinstance(answer, Committed):
             report = answer.report
-        return Outcome(save, report, error, time.monotonic() - save.begin_time)
+        return Outcome(save, report, error, self.is_store, time.monotonic() - save.begin_time)

@@ -44,26 +44,32 @@ class Ledger:
         """So long did a checkpoint keep training from going on."""
         self._tell(stall_seconds=seconds)
 
-    def committed(self, outcome: Outcome) -> None:
-        """A checkpoint is in the store."""
+    def ended(self, outcome: Outcome) -> None:
+        """A checkpoint is committed or given up, in one place; training goes on."""
+        is_committed = outcome.error is None
+        if not outcome.is_in_store:
+            self._disk_works() if is_committed else self._disk_failed(outcome)
+        elif is_committed:
+            self._committed(outcome)
+        else:
+            self._given_up(outcome)
+
+    def _committed(self, outcome: Outcome) -> None:
         report, step = outcome.report, outcome.save.step
         self._tell(committed=self._report.committed + 1, failed_in_row=0, failure="", write_seconds=outcome.seconds)
         self._board.saved(report)
         self.log(f"step={step} checkpoint={report.uri} bytes={report.size_bytes} seconds={outcome.seconds:.2f}")
 
-    def disk_failed(self, outcome: Outcome) -> None:
-        """A checkpoint could not be kept on the nodes' disks; told once until one is again."""
+    def _disk_failed(self, outcome: Outcome) -> None:
         self._tell(failed=self._report.failed + 1)
-        if not self._disk_fails:
+        if not self._disk_fails:  # once, until one is kept again
             self.notice(f"checkpoints cannot be kept on the nodes' disks: {outcome.error}")
         self._disk_fails = True
 
-    def disk_works(self) -> None:
-        """A checkpoint is on the nodes' disks."""
+    def _disk_works(self) -> None:
         self._disk_fails = False
 
-    def given_up(self, outcome: Outcome) -> None:
-        """A checkpoint could not be written to the store; training goes on."""
+    def _given_up(self, outcome: Outcome) -> None:
         failure = str(outcome.error)
         self._tell(failed=self._report.failed + 1, failed_in_row=self._report.failed_in_row + 1, failure=failure)
         self.log(f"step={outcome.save.step} checkpoint given up: {failure}", logging.WARNING)

@@ -13,19 +13,20 @@ from pylon_trainer.checkpoint.policy import Costs, Reach, interval_steps, limit_
 class Pace:
     """Of one attempt."""
 
-    def __init__(
-        self, spec: CheckpointSpec, config: RunConfig, step: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """step: where this attempt goes on."""
+    def __init__(self, spec: CheckpointSpec, config: RunConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._spec = spec
         self._failures = config.failures
         self._earlier_run_seconds = config.run_seconds
         self._clock = clock
         self._begin_time = self._save_time = clock()
-        self._save_step = step
+        self._save_step = 0
         self._saves = 0
         self._training_seconds = 0.0
         self._costs = Costs()
+
+    def begin(self, step: int) -> None:
+        """Training begins after this step."""
+        self._save_time, self._save_step = self._clock(), step
 
     def due(self, step: int) -> Reach:
         """How far a checkpoint must go at the end of this step."""

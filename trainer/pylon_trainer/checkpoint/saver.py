@@ -8,7 +8,6 @@ only the last one must not fail. When to save is pace.py's to say, what goes in 
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import time
 from collections.abc import Sequence
@@ -17,28 +16,21 @@ from pylon_api.run import TrainerPhase
 from pylon_api.training import CheckpointSpec
 from pylon_trainer.checkpoint import contents
 from pylon_trainer.checkpoint.archive import Archive
-from pylon_trainer.checkpoint.destination import Destination, Outcome, Save
+from pylon_trainer.checkpoint.destination import Outcome
 from pylon_trainer.checkpoint.ledger import Ledger
-from pylon_trainer.checkpoint.manifest import PART_BYTES
 from pylon_trainer.checkpoint.pace import Pace
+from pylon_trainer.checkpoint.pipeline import Pipeline
 from pylon_trainer.checkpoint.policy import Reach, next_move
 from pylon_trainer.checkpoint.restore import Shelf
 from pylon_trainer.checkpoint.resume import resume
-from pylon_trainer.checkpoint.share import Divider, Share
-from pylon_trainer.checkpoint.slab import Slabs, default_budget_bytes
-from pylon_trainer.checkpoint.staging import Staging
 from pylon_trainer.checkpoint.storage import Storage
-from pylon_trainer.checkpoint.writer_handle import WriterHandle
-from pylon_trainer.errors import ConfigError, PeerLost, Stopped, StorageError
+from pylon_trainer.errors import PeerLost, Stopped, StorageError
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.signals import StopFlag
 from pylon_trainer.status import Board
 
 EXIT_MARGIN_SECONDS = 8
 """What is kept of the pod's grace for leaving, once the last checkpoint is committed or given up."""
-
-MAX_UNDER_WAY = 2
-"""Saves on their way to one place; another waits, memory or not."""
 
 CLOSE_SECONDS = 1
 """For what is given up to be removed; what stays is cleaned up later."""
@@ -49,7 +41,7 @@ TIDY_SECONDS = 30
 POLL_SECONDS = 0.02
 
 _PROGRESS = 4
-"""Where the destinations' votes begin."""
+"""Where the pipeline's votes begin."""
 
 
 class Saver:
@@ -64,7 +56,6 @@ class Saver:
         self._board = board
         self._stop = stop
         self._grace_seconds = max(1.0, grace_seconds - EXIT_MARGIN_SECONDS)
-        self._spec = run.config.training.checkpoint
         self._ledger = Ledger(board, logs=run.world.rank == 0)
         self._begins, self._waits, self._nonce = Reach.NOWHERE, Reach.NOWHERE, 0
         self._newest_step: int | None = None
@@ -75,34 +66,24 @@ class Saver:
         self._stall_seconds: float | None = None
         """Of a save whose tensors are still being copied."""
         self._is_finished = False
-        self._destinations: list[Destination] = []
-        if self._spec is not None:
-            self._open(self._spec)
+        self._pipeline: Pipeline | None = None
+        if run.config.training.checkpoint is not None:
+            self._open(run.config.training.checkpoint)
 
     def _open(self, spec: CheckpointSpec) -> None:
-        config, world = self._run.config, self._run.world
-        attempt, is_first_of_node = config.attempt, world.rank % config.processes_per_node == 0
-        store, local = config.checkpoint_directory, config.local_checkpoint_directory
-        self._shelves: list[Shelf] = []  # the nearest first
-        if spec.local is not None and local is not None:
-            archive = Archive(Storage(local), attempt, spec.local.keep)
-            self._shelves.append(Shelf(archive, is_shared=False, lists=is_first_of_node))
-        if store is not None:
-            self._shelves.append(Shelf(Archive(Storage(store), attempt, spec.keep), True, lists=world.rank == 0))
-        self._divider = Divider(world.rank, world.size)
-        self._slabs = _open_slabs(self._share().layout.size_bytes, spec, self._run)
-        for line in self._slabs.notices:
+        run = self._run
+        self._shelves = _shelves(run, spec)
+        state = contents.replicated(run), contents.own(run)
+        self._pipeline = Pipeline(run.world, spec, self._shelves, run.config.processes_per_node, *state)
+        for line in self._pipeline.notices:
             self._ledger.notice(line)
-        self._writer = WriterHandle.open(self._slabs.arena, [shelf.archive.storage.uri for shelf in self._shelves])
-        self._staging = Staging(world.device, self._slabs, self._writer)
-        self._uploads = itertools.count()
-        self._destinations = [Destination(world, self._writer, shelf) for shelf in self._shelves]
+        self._pace = Pace(spec, run.config)
 
     def restore(self) -> None:
         """Go on from this job's newest whole checkpoint, else from restoreFrom, else from the start. Collective."""
         run = self._run
         self._board.update(phase=TrainerPhase.RESTORING, total_steps=run.total_steps)
-        if self._spec is not None:
+        if self._pipeline is not None:
             for shelf in self._shelves:
                 self._claim(shelf)
             found = resume(run, self._shelves, self._ledger.notice)
@@ -113,7 +94,7 @@ class Saver:
                     self._newest_step = run.step
                     self._board.saved(restored.report)
                 self._ledger.log(f"step={run.step} restored={restored.report.uri}")
-            self._pace = Pace(self._spec, run.config, run.step)
+            self._pace.begin(run.step)
             self._ledger.interval(self._pace.interval_steps)
         self._board.update(phase=TrainerPhase.TRAINING, step=run.step, tokens=run.tokens)
         self._board.begin_step(run.step)
@@ -123,29 +104,25 @@ class Saver:
 
         is_asked: whether somebody wants a checkpoint at its end.
         """
-        if not self._destinations:
+        if self._pipeline is None:
             return []
-        for end in self._writer.poll():
-            for place in self._destinations:
-                place.receive(end)
-        step, is_first = self._run.step + 1, self._run.world.rank == 0
-        due = self._pace.due(step) if is_first else Reach.NOWHERE
-        is_busy = not self._slabs.has_free or any(place.under_way >= MAX_UNDER_WAY for place in self._destinations)
-        is_on_its_way = self._newest_step is not None and self._newest_step >= self._requested_step
+        is_first = self._run.world.rank == 0
+        requested_step = self._board.status.checkpoint_requested_step or 0
+        is_on_its_way = self._newest_step is not None and self._newest_step >= requested_step
+        due = self._pace.due(self._run.step + 1) if is_first else Reach.NOWHERE
         nonce = secrets.randbits(32) if is_first else 0
-        progress = itertools.chain.from_iterable(place.votes() for place in self._destinations)
-        return [int(is_asked and not is_on_its_way), due, nonce, int(is_busy), *progress]
+        return [int(is_asked and not is_on_its_way), due, nonce, int(self._pipeline.is_busy), *self._pipeline.votes()]
 
     def heed(self, sums: Sequence[int], *, is_last: bool) -> None:
         """Go on with the saves under way, and decide what begins at the end of this step. Collective.
 
         is_last: whether this is the step after which the run ends or stops.
         """
-        if not self._destinations:
+        if self._pipeline is None:
             return
         asked, due, self._nonce, busy = sums[:_PROGRESS]
-        self._was_quiet = not self._is_under_way
-        self._advance(sums[_PROGRESS:])
+        self._was_quiet = self._pipeline.is_empty
+        self._advance(self._pipeline, sums)
         move = next_move(Reach(due), self._waits, is_urgent=asked > 0 or is_last, is_busy=busy > 0)
         if move.waits and not self._waits:
             self._ledger.put_off(self._run.step + 1)
@@ -156,19 +133,18 @@ class Saver:
 
         training_seconds: since training began, without pauses.
         """
-        if not self._destinations:
+        if self._pipeline is None:
             return
         self._pace.step_ended(training_seconds, is_quiet=self._was_quiet)
         if self._begins is not Reach.NOWHERE:
-            self._begin(self._begins)
-            self._was_quiet = False
+            self._begin(self._pipeline, self._begins)
 
     def release(self) -> None:
         """Before the optimizer changes what is being copied: wait until it may."""
-        if not self._destinations:
+        if self._pipeline is None:
             return
         began = time.monotonic()
-        self._staging.release()
+        self._pipeline.release()
         if self._stall_seconds is not None:
             self._ledger.stalled(self._stall_seconds + time.monotonic() - began)
             self._stall_seconds = None
@@ -178,14 +154,14 @@ class Saver:
 
         StorageError or ConfigError when this step could not be saved; Stopped when the grace ends before.
         """
-        if not self._destinations:
+        if self._pipeline is None:
             return
         self._board.update(phase=TrainerPhase.SAVING)
         if self._newest_step != self._run.step:
             self.heed(self._run.world.agree(*self.votes()), is_last=True)
-            self._begin(self._begins)
+            self._begin(self._pipeline, self._begins)
         self.release()
-        self._drain()
+        self._drain(self._pipeline)
         ended = self._ended
         if ended is not None and ended.save.step == self._run.step and ended.error is not None:
             raise ended.error
@@ -199,14 +175,10 @@ class Saver:
 
     def close(self) -> None:
         """End threads and the writer, and give the memory back. What is under way is lost."""
-        if self._destinations:
+        if self._pipeline is not None:
             left = self._seconds_left()
             seconds: float = TIDY_SECONDS if self._is_finished else CLOSE_SECONDS
-            seconds = seconds if left is None else min(seconds, left)
-            has_ended = self._staging.close(seconds)
-            self._writer.close(seconds)
-            if has_ended:
-                self._slabs.close()
+            self._pipeline.close(seconds if left is None else min(seconds, left))
 
     def _claim(self, shelf: Shelf) -> None:
         try:
@@ -217,77 +189,39 @@ class Saver:
                 raise
             self._ledger.notice(f"no checkpoints on this node's disk: {error}")
 
-    def _drain(self) -> None:
-        """Wait until nothing is under way; Stopped when the grace ends before."""
-        while self._is_under_way:
-            time.sleep(POLL_SECONDS)
-            is_over, *sums = self._run.world.agree(self._seconds_left() == 0, *self.votes())
-            self._advance(sums[_PROGRESS:])
-            if is_over and self._is_under_way:
-                for place in self._destinations:
-                    place.abandon()
-                raise Stopped(
-                    f"asked to stop: left at step {self._run.step}, not saved: its checkpoint was not written within "
-                    f"{self._grace_seconds:.0f} s; raise checkpointTimeoutSeconds"
-                )
-
-    def _share(self) -> Share:
-        return self._divider.share(contents.replicated(self._run), contents.own(self._run))
-
-    def _begin(self, reach: Reach) -> None:
+    def _begin(self, pipeline: Pipeline, reach: Reach) -> None:
         run, began = self._run, time.monotonic()
-        share = self._share()
-        save = Save(
-            step=run.step,
-            name=self._shelves[-1].archive.new_name(run.step, self._nonce),
-            file=share.file,
-            size_bytes=share.layout.size_bytes,
-            replicated=share.replicated,
-            own=share.own,
-            begin_time=began,
-        )
-        places = [place for place in self._destinations if reach is Reach.STORE or not place.is_store]
-        has_memory = self._staging.wait_for_slab(self._seconds_left())
-        uploads = [next(self._uploads) for _ in places]
-        for place, upload in zip(places, uploads, strict=True):
-            place.begin(save, upload)
-        if has_memory:
-            save.staged = self._staging.begin(share.tensors, share.layout, uploads)
-        else:
-            save.error = StorageError("the checkpoints before it took no part in time, so no memory was free for it")
+        name = self._shelves[-1].archive.new_name(run.step, self._nonce)
+        state = contents.replicated(run), contents.own(run)
+        pipeline.begin(run.step, name, *state, reach, self._seconds_left())
         if reach is Reach.STORE:
             self._newest_step = run.step
             self._pace.save_began(run.step)
         self._stall_seconds = time.monotonic() - began
 
-    def _advance(self, progress: Sequence[int]) -> None:
-        for place, done, failed in zip(self._destinations, progress[::2], progress[1::2], strict=True):
-            outcome = place.heed(done, failed)
-            if outcome is not None:
-                self._end(place, outcome)
+    def _drain(self, pipeline: Pipeline) -> None:
+        """Wait until nothing is under way; Stopped when the grace ends before."""
+        while not pipeline.is_empty:
+            time.sleep(POLL_SECONDS)
+            is_over, *sums = self._run.world.agree(self._seconds_left() == 0, *self.votes())
+            self._advance(pipeline, sums)
+            if is_over and not pipeline.is_empty:
+                pipeline.abandon()
+                raise Stopped(
+                    f"asked to stop: left at step {self._run.step}, not saved: its checkpoint was not written within "
+                    f"{self._grace_seconds:.0f} s; raise checkpointTimeoutSeconds"
+                )
 
-    def _end(self, place: Destination, outcome: Outcome) -> None:
-        if isinstance(outcome.error, PeerLost):
-            raise outcome.error
-        if not place.is_store:
-            self._ledger.disk_works() if outcome.error is None else self._ledger.disk_failed(outcome)
-            return
-        self._ended = outcome
-        if outcome.error is None:
-            self._pace.save_ended(outcome.seconds)
-            self._ledger.committed(outcome)
-            self._ledger.interval(self._pace.interval_steps)
-        else:
-            self._ledger.given_up(outcome)
-
-    @property
-    def _requested_step(self) -> int:
-        """That somebody wants saved, at least."""
-        return self._board.status.checkpoint_requested_step or 0
-
-    @property
-    def _is_under_way(self) -> bool:
-        return any(place.under_way for place in self._destinations)
+    def _advance(self, pipeline: Pipeline, sums: Sequence[int]) -> None:
+        for outcome in pipeline.advance(sums[_PROGRESS:]):
+            if isinstance(outcome.error, PeerLost):
+                raise outcome.error
+            self._ledger.ended(outcome)
+            if outcome.is_in_store:
+                self._ended = outcome
+                if outcome.error is None:
+                    self._pace.save_ended(outcome.seconds)
+                    self._ledger.interval(self._pace.interval_steps)
 
     def _seconds_left(self) -> float | None:
         """Of the grace; None while nobody asked to stop."""
@@ -295,11 +229,13 @@ class Saver:
         return None if age_seconds is None else max(0.0, self._grace_seconds - age_seconds)
 
 
-def _open_slabs(file_bytes: int, spec: CheckpointSpec, run: Run) -> Slabs:
-    budget_bytes = spec.host_memory_bytes or default_budget_bytes(run.config.processes_per_node)
-    try:
-        return Slabs.open(file_bytes, budget_bytes, PART_BYTES, run.world.device)
-    except OSError as error:
-        raise ConfigError(
-            f"no host memory for checkpoints ({error.strerror}); lower training.checkpoint.hostMemoryBytes"
-        ) from error
+def _shelves(run: Run, spec: CheckpointSpec) -> list[Shelf]:
+    """Where this job's checkpoints lie, the nearest first."""
+    config, rank, shelves = run.config, run.world.rank, []
+    if spec.local is not None and config.local_checkpoint_directory is not None:
+        archive = Archive(Storage(config.local_checkpoint_directory), config.attempt, spec.local.keep)
+        shelves.append(Shelf(archive, is_shared=False, lists=rank % config.processes_per_node == 0))
+    if config.checkpoint_directory is not None:
+        archive = Archive(Storage(config.checkpoint_directory), config.attempt, spec.keep)
+        shelves.append(Shelf(archive, is_shared=True, lists=rank == 0))
+    return shelves
