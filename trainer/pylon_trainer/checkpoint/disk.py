@@ -64,6 +64,8 @@ class DiskUpload:
     def put(self, offset: int, data: memoryview) -> None:
         with explained("write", self._uri):
             _write_all(self._descriptor, data, offset)
+            # Now, so that the disk works while later parts come: the kernel by itself starts at gigabytes.
+            os.fsync(self._descriptor)
 
     def finish(self) -> None:
         with explained("write", self._uri):
