@@ -80,7 +80,8 @@ class FailurePolicy(Spec):
     """Restarts allowed without a newly committed checkpoint in between; 0 ends the job at the first failure. A job that
     makes progress may be preempted for ever."""
     backoff_seconds: int = Field(default=10, ge=0, le=3600)
-    """Wait before the first restart, in seconds; doubled for each further one without progress, up to an hour."""
+    """Wait before the second counted restart without progress, in seconds; doubled for each further one, up to an hour.
+    The first is at once, one that does not count always waits this long."""
     rules: list[FailureRule] = Field(default=[], max_length=32)
     """Tried in order, the first match decides. Where none matches: exit codes 65 (bad data) and 78 (bad configuration)
     fail the job, everything else restarts it."""
