@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -166,6 +167,20 @@ def start_gang(directory: Path, config: dict[str, Any], environment: dict[str, s
 
         pods.append(Pod(fork(run), place))
     return pods
+
+
+def spawn_pod(directory: Path, config: dict[str, Any]) -> subprocess.Popen[str]:
+    """A pod of its own, as a container runs it: nothing of this process is in it."""
+    prepare_pod(directory, config)
+    variables = pod_environment(directory, 0, free_port()) | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pylon_trainer.launcher"],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,6 @@ import errno
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gangs import free_port, pod_environment, prepare_pod, run_pod, save_at_once, start_gang, write_within
+from gangs import run_pod, save_at_once, spawn_pod, start_gang, write_within
 
 from pylon_api import names
 from pylon_api.names import ExitCode
@@ -254,22 +252,8 @@ def test_a_topology_that_never_comes_is_done_without(
     assert "every node counts alone" in pod.log
 
 
-def command(directory: Path, config: dict[str, Any]) -> subprocess.Popen[str]:
-    """A pod as a container runs it."""
-    prepare_pod(directory, config)
-    variables = pod_environment(directory, 0, free_port()) | {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pylon_trainer.launcher"],
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def test_by_command_line_a_bad_configuration_is_refused_in_a_moment(tmp_path: Path, make_config: MakeConfig) -> None:
-    pod = command(tmp_path / "pod", make_config(batch={"sequences": 3}))
+    pod = spawn_pod(tmp_path / "pod", make_config(batch={"sequences": 3}))
     output, errors = pod.communicate(timeout=60)
     assert (pod.returncode, output) == (ExitCode.BAD_CONFIG, "")
     assert errors.startswith("pylon: BadConfig: training.batch.sequences 3")
@@ -280,7 +264,7 @@ def test_by_command_line_a_bad_configuration_is_refused_in_a_moment(tmp_path: Pa
 
 @pytest.mark.slow
 def test_by_command_line_a_pod_trains(tmp_path: Path, make_config: MakeConfig) -> None:
-    pod = command(tmp_path / "pod", make_config())
+    pod = spawn_pod(tmp_path / "pod", make_config())
     output, errors = pod.communicate(timeout=240)
     assert (pod.returncode, errors) == (0, "")
     assert "step=8 loss=" in output

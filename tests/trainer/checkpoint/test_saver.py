@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from gangs import Pod, run_gang, run_pod, save_at_once, start_gang, write_within
+from gangs import Pod, run_gang, run_pod, save_at_once, spawn_pod, start_gang, write_within
 
 from pylon_api.names import ExitCode
 from pylon_trainer.checkpoint.archive import Archive
@@ -25,6 +25,9 @@ from pylon_trainer.errors import StorageError
 from pylon_trainer.gating import gate, measurement
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.seeds import reseed
+
+if TYPE_CHECKING:
+    from s3_faults import FaultyStore
 
 MakeConfig = Callable[..., dict[str, Any]]
 GATING = {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}
@@ -320,6 +323,22 @@ def test_generators_of_another_number_of_ranks_are_seeded_alike_every_time() -> 
     numbers = [draw(*place) for place in ((0, 0, 5), (0, 1, 5), (0, 0, 6), (1, 0, 5))]
     assert len({tuple(drawn) for drawn in numbers}) == 4
     assert draw(0, 1, 5) == numbers[1]
+
+
+@pytest.mark.slow
+def test_a_run_saves_to_s3_and_goes_on_from_there(tmp_path: Path, make_config: MakeConfig, s3: FaultyStore) -> None:
+    from s3_faults import Refuse
+
+    place = {"uri": "s3://bucket/runs", "intervalSteps": 4}
+    s3.faults.append(Refuse(method="PUT", times=2, status=503, code="SlowDown"))
+    for attempt, steps in ((1, 5), (2, 8)):
+        config = make_config(attempt=attempt, checkpoint=place, schedule={"steps": steps})
+        pod = spawn_pod(tmp_path / f"{attempt}", config)
+        output, errors = pod.communicate(timeout=240)
+        assert (pod.returncode, errors) == (0, ""), output
+    assert "step=5 restored=s3://bucket/runs/default/demo-12345678/step-000000000005-attempt-000001-" in output
+    assert "step=6 loss=" in output
+    assert "step=8 checkpoint=s3://bucket/runs" in output
 
 
 @pytest.mark.slow

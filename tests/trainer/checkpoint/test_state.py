@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pylon_trainer.checkpoint.state import describe, join, place, placeholders, separate
+from pylon_trainer.checkpoint.manifest import placeholders
+from pylon_trainer.checkpoint.state import describe, join, place, separate
 
 
 def state() -> dict[str, Any]:

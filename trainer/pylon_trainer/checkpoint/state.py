@@ -6,7 +6,7 @@ joined by "/". What a state means is not known here; nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -41,16 +41,6 @@ def place(values: Any, file_of: Callable[[str], str]) -> Any:
     if TENSOR in values:
         return {TENSOR: {"file": file_of(values[TENSOR]["key"]), **values[TENSOR]}}
     return {key: place(value, file_of) for key, value in values.items()}
-
-
-def placeholders(values: Any) -> Iterator[dict[str, Any]]:
-    """What the tree says of each of its tensors: {"key", "dtype", "shape"}, and "file" once it is placed."""
-    if isinstance(values, dict):
-        if TENSOR in values:
-            yield values[TENSOR]
-        else:
-            for value in values.values():
-                yield from placeholders(value)
 
 
 def join(values: Any, tensors: Mapping[str, Tensor]) -> Any:
