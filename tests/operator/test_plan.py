@@ -339,7 +339,7 @@ def test_a_failure_and_the_next_number_are_one_write_and_nothing_is_deleted_yet(
     assert decision.requeue_after_seconds == 0
     assert (status.attempt, status.attempt_job_uid, status.restarts) == (2, None, 1)
     assert [(f.attempt, f.reason, f.exit_code) for f in status.failures] == [(1, "Internal", 70)]
-    assert status.next_attempt_time == ago(-10)
+    assert status.next_attempt_time == ago(0), "the first restart is at once"
     assert status.active_seconds == 40, "until the pod died, not until it was noticed"
     assert events(decision) == [("Warning", "BackingOff")]
     assert (status.phase, status.ready) == ("Restarting", "0/2")
