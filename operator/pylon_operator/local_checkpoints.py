@@ -7,6 +7,7 @@ local run uses the directory as it is.
 
 from __future__ import annotations
 
+import posixpath
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ Object = dict[str, Any]
 
 FIELD = "spec.training.checkpoint.local.directory"
 DIE_WITH_THE_POD = frozenset(
-    {"emptyDir", "ephemeral", "csi", "configMap", "secret", "downwardAPI", "projected", "image"}
+    {"emptyDir", "ephemeral", "csi", "gitRepo", "configMap", "secret", "downwardAPI", "projected", "image"}
 )
 """Sources of volumes that end with the pod (an inline csi volume does), or that cannot be written to."""
 
@@ -28,7 +29,7 @@ def refuse_lost_copies(spec: PylonJobSpec, batch_job: Object) -> None:
     checkpoint = spec.training.checkpoint
     if checkpoint is None or checkpoint.local is None:
         return
-    directory = checkpoint.local.directory
+    directory = posixpath.normpath(checkpoint.local.directory)
     pod = batch_job["spec"]["template"]["spec"]
     trainer = next(container for container in pod["containers"] if container["name"] == names.CONTAINER)
     mount = _mount_of(directory, trainer.get("volumeMounts", []))
@@ -37,9 +38,9 @@ def refuse_lost_copies(spec: PylonJobSpec, batch_job: Object) -> None:
             f"{FIELD}: no volume is mounted at {directory}, and the pod's own file system is read-only: "
             f"mount a hostPath or a PersistentVolumeClaim there by spec.template"
         )
-    if mount.get("readOnly"):
-        raise TemplateError(f"{FIELD}: the volume {mount['name']!r} at {mount['mountPath']} is mounted read-only")
     volume: Object = next((volume for volume in pod.get("volumes", []) if volume["name"] == mount["name"]), {})
+    if mount.get("readOnly") or any(isinstance(source, dict) and source.get("readOnly") for source in volume.values()):
+        raise TemplateError(f"{FIELD}: the volume {mount['name']!r} at {mount['mountPath']} is mounted read-only")
     if passing := sorted(DIE_WITH_THE_POD & volume.keys()):
         raise TemplateError(
             f"{FIELD}: the volume {mount['name']!r} at {mount['mountPath']} ({passing[0]}) keeps nothing for the next "

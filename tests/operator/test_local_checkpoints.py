@@ -53,6 +53,14 @@ def test_a_volume_that_outlives_the_pod_will_do(directory: str, mounts: list[tup
         ("/local/a", [("/local", DISK), ("/local/a", {"emptyDir": {}})], "'v1' at /local/a (emptyDir) keeps nothing"),
         ("/local", [("/local", {"csi": {"driver": "inline"}})], "(csi) keeps nothing"),
         ("/local", [("/local", {"configMap": {"name": "c"}})], "(configMap) keeps nothing"),
+        ("/local", [("/local", {"gitRepo": {"repository": "r"}})], "(gitRepo) keeps nothing"),
+        ("/local/../tmp", [("/local", DISK)], "no volume is mounted at /tmp"),
+        ("/local", [("/local", {"nfs": {"server": "s", "path": "/", "readOnly": True}})], "is mounted read-only"),
+        (
+            "/local",
+            [("/local", {"persistentVolumeClaim": {"claimName": "disks", "readOnly": True}})],
+            "'v0' at /local is mounted read-only",
+        ),
     ],
 )
 def test_a_directory_that_would_be_lost_is_refused_by_its_field(
