@@ -21,12 +21,13 @@ import pytest
 from gangs import fork, wait
 from s3_faults import FaultyStore, Refuse
 
-from pylon_trainer.checkpoint import disk, retries
+from pylon_trainer.checkpoint import disk, retries, uploads
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.manifest import PART_BYTES, FileEntry, Manifest, checksum
-from pylon_trainer.checkpoint.orders import Committed, Durable, End, Failed
+from pylon_trainer.checkpoint.orders import Begin, Committed, Durable, End, Failed
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
+from pylon_trainer.checkpoint.writer_process import WriterProcess
 from pylon_trainer.errors import ConfigError, PeerLost, StorageError
 
 SIZE = PART_BYTES + 10
@@ -210,6 +211,39 @@ def test_a_full_disk_keeps_nothing_of_the_file(
     assert list((tmp_path / "step").iterdir()) == []
 
 
+def test_a_disk_that_refuses_even_to_close_is_told(
+    tmp_path: Path, open_writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network disks do that are full."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(disk, "_write_all", lambda *_: refuse(0))
+    monkeypatch.setattr(disk.DiskUpload, "_close", lambda _: refuse(0))
+    save = open_writer(WriterHandle.in_thread)
+    save.begin(1, tmp_path)
+    save.fill(1)
+    failed = save.ending()
+    assert isinstance(failed, Failed)
+    assert failed.message == f"cannot write {tmp_path}/step/file: [Errno 5] Input/output error"
+    assert list((tmp_path / "step").iterdir()) == []
+
+
+def test_one_thread_writes_a_stream(open_writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several, one could wait for a part before it that another has given up."""
+    threads = []
+    put = uploads.StreamUpload.put
+    monkeypatch.setattr(
+        uploads.StreamUpload, "put", lambda *part: (threads.append(threading.current_thread().name), put(*part))
+    )
+    save = open_writer(WriterHandle.in_thread)
+    save.begin(1, "memory://stream")
+    save.fill(1)
+    assert isinstance(save.ending(), Durable)
+    assert threads == ["upload-1_0"] * 2
+
+
 def test_a_write_that_the_kernel_cuts_short_keeps_nothing_of_the_file(tmp_path: Path, open_writer: Any) -> None:
     save = open_writer()
     resource.prlimit(save.pid, resource.RLIMIT_FSIZE, (PART_BYTES // 2, PART_BYTES // 2))
@@ -224,8 +258,8 @@ def test_a_write_that_the_kernel_cuts_short_keeps_nothing_of_the_file(tmp_path: 
 def test_a_store_that_is_down_holds_up_no_other_and_can_be_given_up(
     s3: FaultyStore, tmp_path: Path, open_writer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "RETRY_DELAYS_SECONDS", (1_000.0,))
-    s3.faults.append(Refuse(method="POST", times=1_000))
+    monkeypatch.setattr(retries, "RETRY_DELAYS_SECONDS", (3 * DEADLINE_SECONDS,))
+    s3.faults.append(Refuse(method="POST", times=1_000, status=500, code="InternalError"))
     save = open_writer(WriterHandle.in_thread)
     save.begin(1, "s3://bucket/job")
     save.fill(1)
@@ -371,6 +405,29 @@ def test_orders_that_failed_before_they_were_sent_are_never_carried_out(tmp_path
     save.fill(3)
     eventually(lambda: save.ended == [1, 2, 3])
     assert [path.name for path in (tmp_path / "step").iterdir()] == ["three"]
+
+
+def test_an_order_that_failed_just_before_it_was_sent_is_not_carried_out(tmp_path: Path, arena: Arena) -> None:
+    """The news of the death comes between the question whether the order stands and the new process."""
+    lost, asked = threading.Event(), threading.Event()
+
+    def died(_: str) -> None:
+        assert asked.wait(DEADLINE_SECONDS)
+        lost.set()
+
+    def is_wanted(_: object) -> bool:
+        stands = not lost.is_set()
+        asked.set()
+        return stands
+
+    process = WriterProcess(arena, lambda _: None, died, is_wanted)
+    eventually(lambda: process.pid)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    eventually(lambda: process.pid is None)
+    process.handle(Begin(1, str(tmp_path), "step/file", SIZE))
+    assert process.close(DEADLINE_SECONDS)
+    assert lost.is_set()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_signals_to_stop_do_not_end_it(tmp_path: Path, open_writer: Any) -> None:

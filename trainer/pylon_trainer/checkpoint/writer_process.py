@@ -86,7 +86,7 @@ class WriterProcess:
                 continue
             if self._life is None or self._life.is_over:
                 self._start()
-            if self._life is not None:
+            if self._life is not None and self._is_wanted(order):  # a new life begins once the old one's are failed
                 self._life.send(order)
         if self._life is not None:
             self._life.end(self._closing_seconds)
