@@ -320,6 +320,31 @@ def test_a_superseded_attempt_learns_so(build: Any, tmp_path: Path, open_writer:
     assert isinstance(failed.error(), PeerLost)
 
 
+def test_the_end_waits_for_what_the_last_commit_made_superfluous_to_be_removed(
+    tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, is_done = threading.Event(), threading.Event()
+
+    def prune(_: Archive) -> None:
+        goes_on.wait(DEADLINE_SECONDS)
+        is_done.set()
+
+    def closed_after_commit(timeout_seconds: float) -> bool:
+        save = Save(arena, WriterHandle.in_thread(arena))
+        name = Archive(Storage(str(tmp_path)), attempt=1, keep=1).new_name(3)
+        save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]).dump())
+        assert isinstance(save.ending(), Committed)
+        return save.handle.close(timeout_seconds)
+
+    monkeypatch.setattr(Archive, "prune", prune)
+    assert not closed_after_commit(0.1)
+    goes_on.set()
+    eventually(is_done.is_set)
+    is_done.clear()
+    assert closed_after_commit(DEADLINE_SECONDS)
+    assert is_done.is_set()
+
+
 @BUILDS
 @pytest.mark.parametrize("leaves_work", [False, True])
 def test_nothing_is_left_behind(build: Any, leaves_work: bool, arena: Arena, tmp_path: Path) -> None:
