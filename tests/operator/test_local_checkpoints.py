@@ -77,6 +77,22 @@ def test_a_read_only_mount_is_refused() -> None:
         check("/local", ("/local", DISK), readOnly=True)
 
 
+@pytest.mark.parametrize(
+    "pod",
+    [
+        {"containers": [{"name": "trainer", "$patch": "delete"}]},
+        {"$patch": "replace"},
+        {"$patch": "replace", "volumes": [DISK], "containers": [{"volumeMounts": [{"mountPath": "/local"}]}]},
+        {"containers": [{"name": "trainer", "volumeMounts": [{"mountPath": 5}]}]},
+    ],
+    ids=str,
+)
+def test_a_template_that_lacks_what_kubernetes_asks_for_is_refused_too(pod: dict[str, Any]) -> None:
+    job = a_job(template={"spec": pod}, training={"checkpoint": CHECKPOINTS | {"local": {"directory": "/local"}}})
+    with pytest.raises(TemplateError, match="no volume is mounted at /local"):
+        refuse_lost_copies(job.spec, build_attempt(job, 1, default_image="image", token="token")[-1])
+
+
 def test_render_shows_what_the_operator_would_refuse(tmp_path: Path) -> None:
     job = fake_job(tmp_path)
     job["spec"]["training"]["checkpoint"]["local"] = {"directory": "/local"}

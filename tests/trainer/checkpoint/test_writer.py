@@ -490,6 +490,25 @@ def test_it_dies_with_its_rank(tmp_path: Path) -> None:
     os.kill(int((tmp_path / "sleeper").read_text()), signal.SIGKILL)
 
 
+@pytest.mark.parametrize("last_words", [b"", b"\0\0\1\0half"], ids=["none", "cut"])
+def test_it_ends_when_nobody_can_give_it_orders_any_more(arena: Arena, last_words: bytes) -> None:
+    orders_reader, orders_writer = os.pipe()
+    answers_reader, answers_writer = os.pipe()
+    inherited = (orders_reader, answers_writer, arena.fd)
+    command = [sys.executable, "-m", "pylon_trainer.checkpoint.writer_process"]
+    process = subprocess.Popen(
+        [*command, *map(str, (*inherited, arena.size_bytes, os.getpid()))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        pass_fds=inherited,
+        stderr=subprocess.PIPE,
+    )
+    os.write(orders_writer, last_words)
+    for descriptor in (orders_reader, orders_writer, answers_reader, answers_writer):
+        os.close(descriptor)
+    assert process.communicate(timeout=DEADLINE_SECONDS) == (None, b"")
+    assert process.returncode == 0
+
+
 def test_a_writer_that_hangs_holds_up_neither_orders_nor_the_end(tmp_path: Path, open_writer: Any) -> None:
     save = open_writer()
     pid = save.pid

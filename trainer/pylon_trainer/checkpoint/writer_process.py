@@ -180,8 +180,8 @@ def main(orders_fd: int, answers_fd: int, arena_fd: int, arena_bytes: int, paren
         while (order := orders.recv()) is not None:
             writer.handle(order)
         writer.close(_CLEAN_UP_SECONDS)
-    except EOFError:
-        pass  # the rank died: what is unfinished can never be committed
+    except (EOFError, OSError):
+        pass  # the rank died, perhaps amid an order: what is unfinished can never be committed
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads and connections that may never end
 
