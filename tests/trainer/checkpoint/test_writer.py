@@ -21,7 +21,7 @@ import pytest
 from gangs import fork, wait
 from s3_faults import FaultyStore, Refuse
 
-from pylon_trainer.checkpoint import disk, retries, uploads
+from pylon_trainer.checkpoint import disk, retries, uploads, writer_process
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.manifest import PART_BYTES, FileEntry, Manifest, checksum
 from pylon_trainer.checkpoint.orders import Begin, Committed, Durable, End, Failed
@@ -519,6 +519,23 @@ def test_a_writer_that_hangs_holds_up_neither_orders_nor_the_end(tmp_path: Path,
     assert not save.handle.close(0.1)
     assert not is_running(pid)
     assert isinstance(save.ending(), Failed)
+
+
+def test_a_writer_that_cannot_even_be_killed_does_not_hold_up_the_end(
+    open_writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process that waits inside the driver of a broken disk."""
+    monkeypatch.setattr(writer_process, "_KILL_SECONDS", 0.1)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda _: None)
+    save = open_writer()
+    pid = save.pid
+    os.kill(pid, signal.SIGSTOP)
+    ending = threading.Thread(target=save.handle.close, args=(0.1,), daemon=True)
+    ending.start()
+    ending.join(DEADLINE_SECONDS)
+    has_ended = not ending.is_alive()
+    os.kill(pid, signal.SIGKILL)
+    assert has_ended
 
 
 def test_it_needs_no_torch() -> None:

@@ -24,6 +24,11 @@ from pylon_trainer.checkpoint.writer import Writer
 from pylon_trainer.runtime.signals import STOP_SIGNALS, die_with_parent
 
 
+_KILL_SECONDS = 5.0
+"""For a killed process to be gone: one that waits inside a broken disk's driver stays, and the rank leaves all the
+same."""
+
+
 class SharedArena(Protocol):
     """Memory that a child can map by its descriptor."""
 
@@ -76,7 +81,7 @@ class WriterProcess:
         if is_late := self._feeder.is_alive():
             if self._life is not None:
                 self._life.process.kill()
-            self._feeder.join()
+            self._feeder.join(_KILL_SECONDS)
         return not is_late
 
     def _feed(self) -> None:
