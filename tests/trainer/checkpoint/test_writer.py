@@ -345,6 +345,20 @@ def test_the_end_waits_for_what_the_last_commit_made_superfluous_to_be_removed(
     assert is_done.is_set()
 
 
+def test_a_clean_up_that_fails_in_a_way_nobody_foresaw_is_told(
+    tmp_path: Path, open_writer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Archive) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(Archive, "prune", fail)
+    save = open_writer(WriterHandle.in_thread)
+    name = Archive(Storage(str(tmp_path)), attempt=1, keep=1).new_name(3)
+    save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]).dump())
+    assert isinstance(save.ending(), Committed)
+    eventually(lambda: "unforeseen" in caplog.text)
+
+
 @BUILDS
 @pytest.mark.parametrize("leaves_work", [False, True])
 def test_nothing_is_left_behind(build: Any, leaves_work: bool, arena: Arena, tmp_path: Path) -> None:

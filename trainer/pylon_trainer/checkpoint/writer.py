@@ -106,7 +106,10 @@ class Writer:
             return
         # Before anything older goes: whoever hears nothing may take it that nothing older has gone.
         self._answer(Committed(order.upload, report))
-        archive.prune()
+        try:
+            archive.prune()
+        except Exception as error:  # the thread's end: nobody waits, but somebody should know
+            logger.error("the clean-up after a commit failed", exc_info=error)
 
 
 class _Target:

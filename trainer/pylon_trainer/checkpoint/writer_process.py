@@ -23,7 +23,6 @@ from pylon_trainer.checkpoint.orders import Answer, Order
 from pylon_trainer.checkpoint.writer import Writer
 from pylon_trainer.runtime.signals import STOP_SIGNALS, die_with_parent
 
-
 _KILL_SECONDS = 5.0
 """For a killed process to be gone: one that waits inside a broken disk's driver stays, and the rank leaves all the
 same."""
