@@ -53,6 +53,14 @@ def test_a_volume_that_outlives_the_pod_will_do(directory: str, mounts: list[tup
         ("/local/a", [("/local", DISK), ("/local/a", {"emptyDir": {}})], "'v1' at /local/a (emptyDir) keeps nothing"),
         ("/local", [("/local", {"csi": {"driver": "inline"}})], "(csi) keeps nothing"),
         ("/local", [("/local", {"configMap": {"name": "c"}})], "(configMap) keeps nothing"),
+        ("/local", [("/local", {"gitRepo": {"repository": "r"}})], "(gitRepo) keeps nothing"),
+        ("/local/../tmp", [("/local", DISK)], "no volume is mounted at /tmp"),
+        ("/local", [("/local", {"nfs": {"server": "s", "path": "/", "readOnly": True}})], "is mounted read-only"),
+        (
+            "/local",
+            [("/local", {"persistentVolumeClaim": {"claimName": "disks", "readOnly": True}})],
+            "'v0' at /local is mounted read-only",
+        ),
     ],
 )
 def test_a_directory_that_would_be_lost_is_refused_by_its_field(
@@ -67,6 +75,22 @@ def test_a_directory_that_would_be_lost_is_refused_by_its_field(
 def test_a_read_only_mount_is_refused() -> None:
     with pytest.raises(TemplateError, match="'v0' at /local is mounted read-only"):
         check("/local", ("/local", DISK), readOnly=True)
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        {"containers": [{"name": "trainer", "$patch": "delete"}]},
+        {"$patch": "replace"},
+        {"$patch": "replace", "volumes": [DISK], "containers": [{"volumeMounts": [{"mountPath": "/local"}]}]},
+        {"containers": [{"name": "trainer", "volumeMounts": [{"mountPath": 5}]}]},
+    ],
+    ids=str,
+)
+def test_a_template_that_lacks_what_kubernetes_asks_for_is_refused_too(pod: dict[str, Any]) -> None:
+    job = a_job(template={"spec": pod}, training={"checkpoint": CHECKPOINTS | {"local": {"directory": "/local"}}})
+    with pytest.raises(TemplateError, match="no volume is mounted at /local"):
+        refuse_lost_copies(job.spec, build_attempt(job, 1, default_image="image", token="token")[-1])
 
 
 def test_render_shows_what_the_operator_would_refuse(tmp_path: Path) -> None:

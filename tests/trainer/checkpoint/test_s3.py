@@ -143,6 +143,41 @@ def test_an_upload_overwrites_nothing(storage: Storage) -> None:
     assert unfinished() == []
 
 
+@pytest.mark.parametrize("data", [DATA, DATA[:10]], ids=["in parts", "of one part"])
+def test_an_upload_overwrites_nothing_even_where_the_store_knows_no_condition(
+    s3: FaultyStore, storage: Storage, waits: list[float], data: bytes
+) -> None:
+    of_another = bytes(len(data))  # as long as the new one, so that its length tells nothing
+    storage.write("step/file", of_another)
+    s3.faults += [
+        Refuse(method=method, holds=holds, times=ALWAYS, status=501, code="NotImplemented")
+        for method, holds in (("POST", "uploadId="), ("PUT", "step/file"))
+        if (method == "POST") == (len(data) > PART_BYTES)
+    ]
+    with pytest.raises(StorageError, match="it is there already"):
+        upload(storage, "step/file", data)
+    assert waits == []
+    s3.reset()
+    assert storage.read("step/file") == of_another
+    assert unfinished() == []
+
+
+def test_giving_up_an_upload_removes_nothing_of_another(storage: Storage) -> None:
+    storage.write("step/file", b"of another")
+    given_up = storage.upload("step/file", len(DATA))
+    given_up.put(0, memoryview(DATA)[:PART_BYTES])
+    given_up.abort()
+    assert storage.read("step/file") == b"of another"
+    assert unfinished() == []
+
+
+def test_a_file_of_too_many_parts_is_refused_before_any_is_sent(s3: FaultyStore, storage: Storage) -> None:
+    storage.upload("step/file", s3_module.MOST_PARTS * PART_BYTES)
+    with pytest.raises(StorageError, match="10000 parts of 1000; train with more processes"):
+        storage.upload("step/file", s3_module.MOST_PARTS * PART_BYTES + 1)
+    assert s3.count("POST") == 0
+
+
 @pytest.mark.parametrize(
     "fault",
     [None, Refuse(), CutRequest(), CutAnswer(), Refuse(status=501, code="NotImplemented")],

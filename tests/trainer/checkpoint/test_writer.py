@@ -21,12 +21,13 @@ import pytest
 from gangs import fork, wait
 from s3_faults import FaultyStore, Refuse
 
-from pylon_trainer.checkpoint import disk, retries
+from pylon_trainer.checkpoint import disk, retries, uploads, writer_process
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.manifest import PART_BYTES, FileEntry, Manifest, checksum
-from pylon_trainer.checkpoint.orders import Committed, Durable, End, Failed
+from pylon_trainer.checkpoint.orders import Begin, Committed, Durable, End, Failed
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
+from pylon_trainer.checkpoint.writer_process import WriterProcess
 from pylon_trainer.errors import ConfigError, PeerLost, StorageError
 
 SIZE = PART_BYTES + 10
@@ -210,6 +211,39 @@ def test_a_full_disk_keeps_nothing_of_the_file(
     assert list((tmp_path / "step").iterdir()) == []
 
 
+def test_a_disk_that_refuses_even_to_close_is_told(
+    tmp_path: Path, open_writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network disks do that are full."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(disk, "_write_all", lambda *_: refuse(0))
+    monkeypatch.setattr(disk.DiskUpload, "_close", lambda _: refuse(0))
+    save = open_writer(WriterHandle.in_thread)
+    save.begin(1, tmp_path)
+    save.fill(1)
+    failed = save.ending()
+    assert isinstance(failed, Failed)
+    assert failed.message == f"cannot write {tmp_path}/step/file: [Errno 5] Input/output error"
+    assert list((tmp_path / "step").iterdir()) == []
+
+
+def test_one_thread_writes_a_stream(open_writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several, one could wait for a part before it that another has given up."""
+    threads = []
+    put = uploads.StreamUpload.put
+    monkeypatch.setattr(
+        uploads.StreamUpload, "put", lambda *part: (threads.append(threading.current_thread().name), put(*part))
+    )
+    save = open_writer(WriterHandle.in_thread)
+    save.begin(1, "memory://stream")
+    save.fill(1)
+    assert isinstance(save.ending(), Durable)
+    assert threads == ["upload-1_0"] * 2
+
+
 def test_a_write_that_the_kernel_cuts_short_keeps_nothing_of_the_file(tmp_path: Path, open_writer: Any) -> None:
     save = open_writer()
     resource.prlimit(save.pid, resource.RLIMIT_FSIZE, (PART_BYTES // 2, PART_BYTES // 2))
@@ -224,8 +258,8 @@ def test_a_write_that_the_kernel_cuts_short_keeps_nothing_of_the_file(tmp_path: 
 def test_a_store_that_is_down_holds_up_no_other_and_can_be_given_up(
     s3: FaultyStore, tmp_path: Path, open_writer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "RETRY_DELAYS_SECONDS", (1_000.0,))
-    s3.faults.append(Refuse(method="POST", times=1_000))
+    monkeypatch.setattr(retries, "RETRY_DELAYS_SECONDS", (3 * DEADLINE_SECONDS,))
+    s3.faults.append(Refuse(method="POST", times=1_000, status=500, code="InternalError"))
     save = open_writer(WriterHandle.in_thread)
     save.begin(1, "s3://bucket/job")
     save.fill(1)
@@ -284,6 +318,45 @@ def test_a_superseded_attempt_learns_so(build: Any, tmp_path: Path, open_writer:
     assert isinstance(failed, Failed)
     assert failed.upload == 7
     assert isinstance(failed.error(), PeerLost)
+
+
+def test_the_end_waits_for_what_the_last_commit_made_superfluous_to_be_removed(
+    tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, is_done = threading.Event(), threading.Event()
+
+    def prune(_: Archive) -> None:
+        goes_on.wait(DEADLINE_SECONDS)
+        is_done.set()
+
+    def closed_after_commit(timeout_seconds: float) -> bool:
+        save = Save(arena, WriterHandle.in_thread(arena))
+        name = Archive(Storage(str(tmp_path)), attempt=1, keep=1).new_name(3)
+        save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]).dump())
+        assert isinstance(save.ending(), Committed)
+        return save.handle.close(timeout_seconds)
+
+    monkeypatch.setattr(Archive, "prune", prune)
+    assert not closed_after_commit(0.1)
+    goes_on.set()
+    eventually(is_done.is_set)
+    is_done.clear()
+    assert closed_after_commit(DEADLINE_SECONDS)
+    assert is_done.is_set()
+
+
+def test_a_clean_up_that_fails_in_a_way_nobody_foresaw_is_told(
+    tmp_path: Path, open_writer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Archive) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(Archive, "prune", fail)
+    save = open_writer(WriterHandle.in_thread)
+    name = Archive(Storage(str(tmp_path)), attempt=1, keep=1).new_name(3)
+    save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]).dump())
+    assert isinstance(save.ending(), Committed)
+    eventually(lambda: "unforeseen" in caplog.text)
 
 
 @BUILDS
@@ -373,6 +446,29 @@ def test_orders_that_failed_before_they_were_sent_are_never_carried_out(tmp_path
     assert [path.name for path in (tmp_path / "step").iterdir()] == ["three"]
 
 
+def test_an_order_that_failed_just_before_it_was_sent_is_not_carried_out(tmp_path: Path, arena: Arena) -> None:
+    """The news of the death comes between the question whether the order stands and the new process."""
+    lost, asked = threading.Event(), threading.Event()
+
+    def died(_: str) -> None:
+        assert asked.wait(DEADLINE_SECONDS)
+        lost.set()
+
+    def is_wanted(_: object) -> bool:
+        stands = not lost.is_set()
+        asked.set()
+        return stands
+
+    process = WriterProcess(arena, lambda _: None, died, is_wanted)
+    eventually(lambda: process.pid)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    eventually(lambda: process.pid is None)
+    process.handle(Begin(1, str(tmp_path), "step/file", SIZE))
+    assert process.close(DEADLINE_SECONDS)
+    assert lost.is_set()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_signals_to_stop_do_not_end_it(tmp_path: Path, open_writer: Any) -> None:
     save = open_writer()
     save.begin(1, tmp_path, "step/one")
@@ -408,6 +504,25 @@ def test_it_dies_with_its_rank(tmp_path: Path) -> None:
     os.kill(int((tmp_path / "sleeper").read_text()), signal.SIGKILL)
 
 
+@pytest.mark.parametrize("last_words", [b"", b"\0\0\1\0half"], ids=["none", "cut"])
+def test_it_ends_when_nobody_can_give_it_orders_any_more(arena: Arena, last_words: bytes) -> None:
+    orders_reader, orders_writer = os.pipe()
+    answers_reader, answers_writer = os.pipe()
+    inherited = (orders_reader, answers_writer, arena.fd)
+    command = [sys.executable, "-m", "pylon_trainer.checkpoint.writer_process"]
+    process = subprocess.Popen(
+        [*command, *map(str, (*inherited, arena.size_bytes, os.getpid()))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        pass_fds=inherited,
+        stderr=subprocess.PIPE,
+    )
+    os.write(orders_writer, last_words)
+    for descriptor in (orders_reader, orders_writer, answers_reader, answers_writer):
+        os.close(descriptor)
+    assert process.communicate(timeout=DEADLINE_SECONDS) == (None, b"")
+    assert process.returncode == 0
+
+
 def test_a_writer_that_hangs_holds_up_neither_orders_nor_the_end(tmp_path: Path, open_writer: Any) -> None:
     save = open_writer()
     pid = save.pid
@@ -418,6 +533,23 @@ def test_a_writer_that_hangs_holds_up_neither_orders_nor_the_end(tmp_path: Path,
     assert not save.handle.close(0.1)
     assert not is_running(pid)
     assert isinstance(save.ending(), Failed)
+
+
+def test_a_writer_that_cannot_even_be_killed_does_not_hold_up_the_end(
+    open_writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process that waits inside the driver of a broken disk."""
+    monkeypatch.setattr(writer_process, "_KILL_SECONDS", 0.1)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda _: None)
+    save = open_writer()
+    pid = save.pid
+    os.kill(pid, signal.SIGSTOP)
+    ending = threading.Thread(target=save.handle.close, args=(0.1,), daemon=True)
+    ending.start()
+    ending.join(DEADLINE_SECONDS)
+    has_ended = not ending.is_alive()
+    os.kill(pid, signal.SIGKILL)
+    assert has_ended
 
 
 def test_it_needs_no_torch() -> None:

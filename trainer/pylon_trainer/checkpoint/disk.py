@@ -6,30 +6,61 @@ elsewhere.
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 from pathlib import Path
 
 from pylon_trainer.checkpoint.retries import explained
 
 _MODE = 0o644
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS})
+"""What file systems say that know no hard links (link(2))."""
 
 
-def write(path: Path, data: bytes, *, exclusive: bool = False) -> None:
-    """FileExistsError when exclusive and there already; any error leaves no file of an exclusive write."""
+def write(path: Path, data: bytes) -> None:
+    """In place of what is there; an error or a kill may leave half of it."""
     make_directories(path.parent)
-    descriptor = os.open(
-        path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else os.O_TRUNC), _MODE
-    )
+    _write(path, data, os.O_TRUNC)
+    sync_directory(path.parent)
+
+
+def create(path: Path, data: bytes) -> None:
+    """FileExistsError when it is there. Whole or not there at all, whatever this process dies of: it is written under
+    another name and then linked, which unlike a rename refuses what is there."""
+    make_directories(path.parent)
+    beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        _write(beside, data, os.O_EXCL)
+        try:
+            os.link(beside, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _create_in_place(path, data)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def _create_in_place(path: Path, data: bytes) -> None:
+    """For file systems without links: an error leaves nothing, a kill may leave half of it."""
+    try:
+        _write(path, data, os.O_EXCL)
+    except FileExistsError:
+        raise
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | mode, _MODE)
     try:
         _write_all(descriptor, memoryview(data), 0)
         os.fsync(descriptor)
-    except OSError:
-        if exclusive:
-            path.unlink()
-        raise
     finally:
         os.close(descriptor)
-    sync_directory(path.parent)
 
 
 def read_into(path: Path, offset: int, buffer: memoryview) -> None:
@@ -77,9 +108,11 @@ class DiskUpload:
             sync_directory(self._path.parent)
 
     def abort(self) -> None:
-        self._close()
         with explained("remove", self._uri):
-            self._path.unlink(missing_ok=True)
+            try:
+                self._close()  # a disk that refused before may do so once more here (close(2))
+            finally:
+                self._path.unlink(missing_ok=True)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

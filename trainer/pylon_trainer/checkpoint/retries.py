@@ -19,7 +19,7 @@ RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Longest waits between tries: a store that is busy or a connection that broke is usually back within seconds."""
 
 RETRY_TOTAL_SECONDS = 120.0
-"""One undertaking, be it a single call or a file of many parts, begins no new try this long after its first refusal."""
+"""One undertaking, be it a single call or a file of many parts, begins no new try when all was refused this long."""
 
 _SLOW_DOWN = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"})
 _SLOW_DOWN_FACTOR = 2.0
@@ -30,7 +30,17 @@ _MENDS_ITSELF = frozenset({400, 408, 409, 425, 429})
 """Of the answers below 500, those that another try may change; S3 says 400 when a body did not arrive whole."""
 
 _FINAL = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.ENOENT,
+        errno.EEXIST,
+    }
 )
 """Errors of a disk that no retry mends."""
 
@@ -39,14 +49,14 @@ T = TypeVar("T")
 
 class Patience:
     """The tries of one undertaking, about one file. Threads may share it: each call is tried again by itself, the time
-    is common."""
+    without any success is common: large files meet a busy moment more than once."""
 
     def __init__(self, uri: str, sleep: Callable[[float], None], clock: Callable[[], float] = time.monotonic) -> None:
         """sleep: waits that many seconds; what it raises ends the tries."""
         self._uri = uri
         self._sleep = sleep
         self._clock = clock
-        self._deadline: float | None = None
+        self._refused_since: float | None = None
 
     def ask(self, verb: str, operation: Callable[[], T], answers: tuple[type[Exception], ...] = ()) -> T:
         """What the operation returns, after as many tries as it takes and are allowed.
@@ -56,7 +66,7 @@ class Patience:
         """
         for delay in (*RETRY_DELAYS_SECONDS, None):
             try:
-                return operation()
+                result = operation()
             except answers:
                 raise
             except Exception as error:  # every store brings exceptions of its own; each is translated, none swallowed
@@ -65,13 +75,17 @@ class Patience:
                 wait = delay * _SLOW_DOWN_FACTOR if _code(error) in _SLOW_DOWN or status_of(error) == 503 else delay
                 # Half of it by chance, so that ranks that failed together do not come back together.
                 self._sleep(random.uniform(wait / 2, wait))  # noqa: S311
+            else:
+                self._refused_since = None
+                return result
         raise AssertionError("the last try returns or raises")
 
     def _is_late(self) -> bool:
         now = self._clock()
-        if self._deadline is None:
-            self._deadline = now + RETRY_TOTAL_SECONDS
-        return now >= self._deadline
+        since = self._refused_since
+        if since is None:
+            since = self._refused_since = now
+        return now >= since + RETRY_TOTAL_SECONDS
 
 
 def lacks_credentials(error: Exception) -> bool:

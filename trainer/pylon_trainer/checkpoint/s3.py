@@ -8,6 +8,7 @@ cores where s3fs's single event loop does not. It tries nothing again: that is r
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from pylon_trainer.checkpoint.manifest import PART_BYTES
 from pylon_trainer.checkpoint.retries import Patience, status_of
+from pylon_trainer.errors import StorageError
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
 
 CONNECTIONS = 16
+MOST_PARTS = 10_000
+"""https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
 _CONNECT_SECONDS = 10
 _SILENCE_SECONDS = 60
 """A connection on which nothing moves for this long is given up."""
@@ -49,12 +53,11 @@ class Bucket:
         try:
             request({"IfNoneMatch": "*"})
         except self.client.exceptions.ClientError as error:
-            if status_of(error) == 412:
-                raise FileExistsError(key) from error
-            if status_of(error) != 501:
+            status = status_of(error)
+            if status not in (412, 501):
                 raise
-            if self.size(key) is not None:
-                raise FileExistsError(key) from error
+            if status == 412 or self.size(key) is not None:
+                raise FileExistsError(errno.EEXIST, "it is there already", key) from None
             request({})
 
     def size(self, key: str) -> int | None:
@@ -134,9 +137,15 @@ class S3Upload:
     def __init__(self, bucket: Bucket, key: str, size_bytes: int, patience: Patience) -> None:
         self._bucket = bucket
         self._key = key
+        if size_bytes > MOST_PARTS * PART_BYTES:
+            raise StorageError(
+                f"cannot write s3://{bucket.name}/{key}: it would have {size_bytes} bytes, and S3 takes at most "
+                f"{MOST_PARTS} parts of {PART_BYTES}; train with more processes"
+            )
         self._size_bytes = size_bytes
         self._ask = patience.ask
-        self._is_ours = True
+        self._is_made = False
+        """Whether an object there may be of this upload."""
         self._lock = threading.Lock()
         self._upload_id: str | None = None
         self._parts: dict[int, str] = {}
@@ -162,7 +171,7 @@ class S3Upload:
         if self._upload_id is not None:
             upload_id = self._upload_id
             self._ask("remove", lambda: self._bucket.abandon(self._key, upload_id))
-        if self._is_ours:
+        if self._is_made:
             self._ask("remove", lambda: self._call("delete_object"))
 
     def _begun(self) -> str:
@@ -173,15 +182,14 @@ class S3Upload:
 
     def _make(self, request: Callable[[dict[str, str]], object]) -> None:
         """A request whose answer was lost may have been done: the next try finds the object there, or no upload."""
-        tries = iter(range(1_000))
 
         def once() -> None:
-            is_first = next(tries) == 0
+            was_tried, self._is_made = self._is_made, True
             try:
                 self._bucket.exclusively(self._key, request)
-            except (FileExistsError, self._bucket.client.exceptions.NoSuchUpload) as error:
-                self._is_ours = not (is_first and isinstance(error, FileExistsError))
-                if is_first or self._bucket.size(self._key) != self._size_bytes:
+            except (FileExistsError, self._bucket.client.exceptions.NoSuchUpload):
+                self._is_made = was_tried
+                if not was_tried or self._bucket.size(self._key) != self._size_bytes:
                     raise
 
         self._ask("write", once)

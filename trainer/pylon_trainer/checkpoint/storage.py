@@ -33,6 +33,8 @@ _OPTIONS_OF: dict[str, dict[str, Any]] = {
 }
 """By scheme. What a client would try again in secret neither counts nor ends in time."""
 
+_ANY_ORDER = frozenset({"file", "local", "s3", "s3a"})
+
 
 class Storage:
     """A directory of a store. Paths are relative to it and use slashes.
@@ -45,7 +47,7 @@ class Storage:
         """ConfigError when the URI's scheme is unknown, its client is not installed, or it holds a password."""
         self.uri = uri.rstrip("/")
         self._sleep = sleep
-        self._fs, self._root = open_store(self.uri, **_OPTIONS, **_OPTIONS_OF.get(self.uri.partition("://")[0], {}))
+        self._fs, self._root = open_store(self.uri, **_OPTIONS, **_OPTIONS_OF.get(_scheme(self.uri), {}))
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._is_s3 = "s3" in self._fs.protocol
 
@@ -144,7 +146,7 @@ class Storage:
 
     def _create(self, full: str, data: bytes) -> None:
         if self._is_local:
-            disk.write(Path(full), data, exclusive=True)
+            disk.create(Path(full), data)
         elif self._is_s3:
             self._bucket.create(self._key(full), data)
         else:
@@ -182,10 +184,19 @@ class Storage:
         return Bucket(self._fs, self._root.partition("/")[0])
 
 
+def takes_any_order(uri: str) -> bool:
+    """Whether parts of a file there may come in any order and from several threads; told without a client, which takes
+    long to make."""
+    return _scheme(uri) in _ANY_ORDER
+
+
 def open_store(uri: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system behind a URI, and the path in it. ConfigError as Storage has it."""
-    scheme = uri.partition("://")[0] if "://" in uri else "file"
-    parts = urlsplit(uri)
+    scheme = _scheme(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ConfigError(f"this is no URI ({error}); write <scheme>://<bucket>/<path>, or a path") from error
     if parts.password is not None:
         host = parts.netloc.rpartition("@")[2]
         raise ConfigError(
@@ -204,3 +215,7 @@ def open_store(uri: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str
             f"and the others of fsspec ({', '.join(sorted(fsspec.available_protocols()))})"
         ) from error
     return fs, root.rstrip("/")
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0] if "://" in uri else "file"

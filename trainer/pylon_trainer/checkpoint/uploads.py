@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from typing import Protocol
 
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
@@ -15,8 +14,8 @@ class Upload(Protocol):
     """One file on its way. Each method raises StorageError or ConfigError, after which only abort may be called."""
 
     def put(self, offset: int, data: memoryview) -> None:
-        """Send a part: PART_BYTES of the file from a multiple of that on, or all that is left. Any thread may; the
-        store has the data when it returns."""
+        """Send a part: PART_BYTES of the file from a multiple of that on, or all that is left. The store has the data
+        when it returns. Any thread may where the store takes any order, else one at a time in order."""
 
     def finish(self) -> None:
         """After all parts: make the file durable and see that it has its size."""
@@ -37,26 +36,16 @@ class StreamUpload:
         self._uri = uri
         self._size_bytes = size_bytes
         self._position = 0
-        self._is_broken = False
-        self._moved = threading.Condition()
         with explained("write", uri):
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._file = fs.open(path, "wb")
 
     def put(self, offset: int, data: memoryview) -> None:
-        """Waits until all before it is written, so early parts need threads of their own."""
-        with self._moved:
-            self._moved.wait_for(lambda: self._is_broken or self._position == offset)
-            self._is_broken, was_broken = True, self._is_broken
-            try:
-                with explained("write", self._uri):
-                    if was_broken:
-                        raise OSError("an earlier part failed")
-                    self._file.write(data)
-                self._position += len(data)
-                self._is_broken = False
-            finally:
-                self._moved.notify_all()
+        if offset != self._position:
+            raise ValueError(f"{self._uri}: the part at byte {offset} comes before that at byte {self._position}")
+        with explained("write", self._uri):
+            self._file.write(data)
+        self._position += len(data)
 
     def finish(self) -> None:
         with explained("write", self._uri):

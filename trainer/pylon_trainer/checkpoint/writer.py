@@ -28,14 +28,15 @@ from pylon_trainer.checkpoint.orders import (
     Part,
     Taken,
 )
-from pylon_trainer.checkpoint.storage import Storage
+from pylon_trainer.checkpoint.storage import Storage, takes_any_order
 from pylon_trainer.checkpoint.uploads import Upload
 from pylon_trainer.errors import StorageError, TrainerError
 
 logger = logging.getLogger("pylon")
 
 CONCURRENT_PARTS = 8
-"""Parts of one file that are under way at a time: one connection to an object store carries about 100 MB/s."""
+"""Parts of one file that are under way at a time, where a store takes them in any order: one connection to an object
+store carries about 100 MB/s."""
 
 
 class Writer:
@@ -105,7 +106,10 @@ class Writer:
             return
         # Before anything older goes: whoever hears nothing may take it that nothing older has gone.
         self._answer(Committed(order.upload, report))
-        archive.prune()
+        try:
+            archive.prune()
+        except Exception as error:  # the thread's end: nobody waits, but somebody should know
+            logger.error("the clean-up after a commit failed", exc_info=error)
 
 
 class _Target:
@@ -115,6 +119,7 @@ class _Target:
         self._uri = uri
         self._lock = threading.Lock()
         self._storage: Storage | None = None
+        self.concurrent_parts = CONCURRENT_PARTS if takes_any_order(uri) else 1
         self.in_turn = ThreadPoolExecutor(1, thread_name_prefix="commit")
         """Commits and removals, one after the other."""
 
@@ -151,7 +156,7 @@ class _File:
         self._is_cleaning = False
         self._failure: Failed | None = None
         self._given_up = threading.Event()
-        self._threads = ThreadPoolExecutor(CONCURRENT_PARTS, thread_name_prefix=f"upload-{begin.upload}")
+        self._threads = ThreadPoolExecutor(target.concurrent_parts, thread_name_prefix=f"upload-{begin.upload}")
         self._submit(self._opened)
 
     def handle(self, order: Part | Cancel) -> None:
@@ -220,8 +225,8 @@ class _File:
         try:
             if self._upload is not None:
                 self._upload.abort()
-        except TrainerError as error:  # Archive removes it later
-            logger.warning(str(error))
+        except Exception as error:  # as in _run; Archive removes it later
+            logger.warning(_failed(self._begin.upload, error).message)
 
     def _fail(self, error: Exception) -> None:
         """The first failure is the one that is told."""

@@ -23,6 +23,10 @@ from pylon_trainer.checkpoint.orders import Answer, Order
 from pylon_trainer.checkpoint.writer import Writer
 from pylon_trainer.runtime.signals import STOP_SIGNALS, die_with_parent
 
+_KILL_SECONDS = 5.0
+"""For a killed process to be gone: one that waits inside a broken disk's driver stays, and the rank leaves all the
+same."""
+
 
 class SharedArena(Protocol):
     """Memory that a child can map by its descriptor."""
@@ -76,7 +80,7 @@ class WriterProcess:
         if is_late := self._feeder.is_alive():
             if self._life is not None:
                 self._life.process.kill()
-            self._feeder.join()
+            self._feeder.join(_KILL_SECONDS)
         return not is_late
 
     def _feed(self) -> None:
@@ -86,7 +90,7 @@ class WriterProcess:
                 continue
             if self._life is None or self._life.is_over:
                 self._start()
-            if self._life is not None:
+            if self._life is not None and self._is_wanted(order):  # a new life begins once the old one's are failed
                 self._life.send(order)
         if self._life is not None:
             self._life.end(self._closing_seconds)
@@ -180,8 +184,8 @@ def main(orders_fd: int, answers_fd: int, arena_fd: int, arena_bytes: int, paren
         while (order := orders.recv()) is not None:
             writer.handle(order)
         writer.close(_CLEAN_UP_SECONDS)
-    except EOFError:
-        pass  # the rank died: what is unfinished can never be committed
+    except (EOFError, OSError):
+        pass  # the rank died, perhaps amid an order: what is unfinished can never be committed
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads and connections that may never end
 
