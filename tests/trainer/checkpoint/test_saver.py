@@ -196,6 +196,22 @@ def test_a_stop_is_obeyed_though_the_store_takes_nothing(
     assert committed(checkpoints) == []
 
 
+def test_a_stop_of_one_pod_is_obeyed_by_all_though_the_store_takes_nothing(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both slabs of the pod that hears nothing are taken: it must not wait for one without end."""
+    write_within(monkeypatch)
+    monkeypatch.setattr("pylon_trainer.checkpoint.saver.EXIT_MARGIN_SECONDS", 28)
+    monkeypatch.setattr(DiskUpload, "put", lambda *_: threading.Event().wait())
+    before_steps(
+        monkeypatch, lambda run: run.step == 8 and run.world.rank == 0 and os.kill(os.getppid(), signal.SIGTERM)
+    )
+    recipe = {"schedule": {"steps": 100_000}, "checkpoint": {"intervalSteps": 2}}
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1, **recipe))
+    assert (first.wait(), second.wait()) == (ExitCode.STOPPED, ExitCode.STOPPED), first.log
+    assert committed(checkpoints) == []
+
+
 def test_when_a_rank_dies_in_the_middle_of_a_file_nothing_of_it_is_offered(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

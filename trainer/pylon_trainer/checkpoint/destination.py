@@ -18,7 +18,7 @@ from pylon_trainer.checkpoint.orders import Committed, Durable, End, Failed
 from pylon_trainer.checkpoint.restore import Shelf
 from pylon_trainer.checkpoint.staged import Staged
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
-from pylon_trainer.errors import StorageError, TrainerError
+from pylon_trainer.errors import TrainerError
 from pylon_trainer.runtime.distributed import World
 
 
@@ -165,8 +165,9 @@ class Destination:
         if one.save.error is not None:
             return one.save.error
         staged, answer = one.save.staged, one.answer
-        if staged is not None and isinstance(staged.error, StorageError):
-            return staged.error
+        if staged is not None and staged.error is not None:
+            error = staged.error
+            return error if isinstance(error, TrainerError) else TrainerError(f"cannot copy a checkpoint: {error!r}")
         return answer.error() if isinstance(answer, Failed) else None
 
     def _end(self, oldest: _UnderWay, error: TrainerError | None) -> Outcome:
