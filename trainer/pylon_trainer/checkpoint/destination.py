@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,20 +137,24 @@ class Destination:
         save, answer = oldest.save, oldest.answer
         assert isinstance(answer, Durable)
         receipts = self._world.gather(_Receipt(save.file, answer.entry, save.own))
-        # Alike on all ranks but for measured times, and nodes that share a disk must commit the same.
-        replicated = self._world.broadcast(save.replicated)
+        manifest = self._manifest(save, receipts).dump() if self._world.rank == 0 else b""
+        if not self.is_store:
+            # Alike on all ranks but for measured times, and nodes that share a disk must commit the same.
+            manifest = self._world.broadcast(manifest)
         oldest.is_committing, oldest.answer = True, None
         if self._commits:
-            manifest = Manifest(
-                step=save.step,
-                attempt=self._archive.attempt,
-                ranks=self._world.size,
-                files={receipt.file: receipt.entry for receipt in receipts},
-                replicated=replicated,
-                own=[receipt.own for receipt in receipts],
-            )
             archive = self._archive
-            self._writer.commit(oldest.upload, self._uri, archive.attempt, archive.keep, save.name, manifest.dump())
+            self._writer.commit(oldest.upload, self._uri, archive.attempt, archive.keep, save.name, manifest)
+
+    def _manifest(self, save: Save, receipts: Sequence[_Receipt]) -> Manifest:
+        return Manifest(
+            step=save.step,
+            attempt=self._archive.attempt,
+            ranks=self._world.size,
+            files={receipt.file: receipt.entry for receipt in receipts},
+            replicated=save.replicated,
+            own=[receipt.own for receipt in receipts],
+        )
 
     def _give_up(self) -> Outcome:
         """The oldest save, on all ranks, for the reason of the first that has one."""

@@ -82,7 +82,7 @@ class Pipeline:
     ) -> None:
         """Begin to save a state, whose tensors must not be written before `release`.
 
-        seconds_left: how much longer to wait for memory, after which the save is given up; None for as long as it takes.
+        seconds_left: how much longer to wait for memory, then the save is given up; None for as long as it takes.
         """
         share = self._divider.share(replicated, own)
         save = Save(step, name, share.file, share.layout.size_bytes, share.replicated, share.own, time.monotonic())
