@@ -452,6 +452,29 @@ def test_a_run_begins_anew_when_a_disk_has_lost_what_no_store_has_yet(
     assert [notice for notice in first.final.notices if "no node holds rank-00001.safetensors" in notice]
 
 
+def test_what_one_node_could_not_commit_stays_where_another_did(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one has removed what was older."""
+    commit = Archive.commit
+
+    def refuse(archive: Archive, name: str, *arguments: Any) -> Any:
+        if os.environ["RANK"] == "1" and "step-000000000002" in name:
+            wait_until(lambda: committed(on_disk(tmp_path)) == [2])
+            raise StorageError(f"cannot write {name}: no space left there")
+        return commit(archive, name, *arguments)
+
+    save_at_once(monkeypatch)
+    write_within(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "commit", refuse)
+        before_steps(patch, lambda run: run.step == 2 and die())
+        run_gang(tmp_path, local_config(make_config, tmp_path, intervalSteps=1))
+    first, second = start_gang(tmp_path, local_config(make_config, tmp_path, attempt=2, intervalSteps=1))
+    assert (first.wait(), second.wait()) == (0, 0), first.log
+    assert min(first.values("loss")) == 3
+
+
 def test_a_disk_that_refuses_costs_no_checkpoint_in_the_store(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

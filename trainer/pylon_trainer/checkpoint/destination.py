@@ -161,7 +161,9 @@ class Destination:
         oldest = self._queue[0]
         errors = self._world.gather(self._error(oldest))
         self._writer.cancel(oldest.upload)
-        if self._commits:
+        # Another node may have committed it, and removed older ones: all files are there, so it can be restored.
+        may_count = oldest.is_committing and not self.is_store
+        if self._commits and not may_count:
             self._writer.discard(self._uri, self._archive.attempt, self._archive.keep, oldest.save.name)
         return self._end(oldest, next(error for error in errors if error is not None))
 
