@@ -79,6 +79,14 @@ def wait_until(condition: Callable[[], object]) -> None:
 def test_a_run_killed_while_saves_are_under_way_goes_on_bit_for_bit(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
+    def die_after_a_commit(run: Run) -> None:
+        """Steps wait a little for it: on a busy machine all might end before the writer has begun."""
+        deadline = time.monotonic() + 0.2
+        while run.step > 6 and time.monotonic() < deadline:
+            if list(checkpoints.glob("step-*/COMMITTED")):
+                die()
+            time.sleep(0.005)
+
     for module in (gate, measurement):
         monkeypatch.setattr(module, "INTERVAL_STEPS", 2)  # so that the ratio moves within the run
     recipe = {"processes": processes, "gating": GATING, "schedule": {"steps": 60}, "checkpoint": {"intervalSteps": 1}}
@@ -89,7 +97,7 @@ def test_a_run_killed_while_saves_are_under_way_goes_on_bit_for_bit(
 
     with monkeypatch.context() as patch:
         # The next save is under way by then, for every step makes one due.
-        before_steps(patch, lambda run: run.step > 6 and list(checkpoints.glob("step-*/COMMITTED")) and die())
+        before_steps(patch, die_after_a_commit)
         exit_code, first = run_pod(tmp_path / "parts", make_config(**recipe))
     assert exit_code == 128 + signal.SIGKILL, first.log
     restarts = committed(checkpoints)[-1]
