@@ -18,17 +18,16 @@ from checkpoint_loop import Save, State
 from torch import Tensor
 
 from pylon_trainer.checkpoint.archive import Archive
-from pylon_trainer.checkpoint.layout import Layout
 from pylon_trainer.checkpoint.manifest import PART_BYTES, Manifest
 from pylon_trainer.checkpoint.orders import Committed, Durable, Failed
+from pylon_trainer.checkpoint.share import Divider, file_of
 from pylon_trainer.checkpoint.slab import Slabs
 from pylon_trainer.checkpoint.staging import Staging
-from pylon_trainer.checkpoint.state import describe, place, separate
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.errors import TrainerError
 
-FILE = "rank-00000.safetensors"
+FILE = file_of(0)
 ATTEMPT = 1
 KEEP = 1000
 """Old ones are removed where no step is measured."""
@@ -45,8 +44,8 @@ class SlabCheckpoint:
         self._archive.claim()
         self._names: dict[int, str] = {}
         device = next(iter(state["model"].values())).device
-        _, tensors = separate(state)
-        self._layout = Layout.of(describe(tensors))
+        self._divider = Divider(rank=0, ranks=1)
+        self._layout = self._divider.share(state, {}).layout
         self._slabs = Slabs.open(self._layout.size_bytes, 3 * self._layout.size_bytes, PART_BYTES, device)
         for notice in self._slabs.notices:
             print(f"  {notice}", flush=True)
@@ -57,12 +56,12 @@ class SlabCheckpoint:
 
     def begin(self, number: int) -> Save:
         name = self._names[number] = self._archive.new_name(number)
-        values, tensors = separate(self._state)
-        save = _SlabSave(self._writer, lambda durable: self._commit(name, number, values, durable))
+        share = self._divider.share(self._state, {})
+        save = _SlabSave(self._writer, lambda durable: self._commit(name, number, share.replicated, durable))
         self._copied.save = save
         self._uploads += 1
         self._writer.begin(self._uploads, self._uri, f"{name}/{FILE}", self._layout.size_bytes)
-        if self._staging.begin(tensors, self._layout, [self._uploads]) is None:
+        if self._staging.begin(share.tensors, self._layout, [self._uploads]) is None:
             raise TrainerError("no slab is free, though the save before is over")
         save.wait_in_thread()
         return save
@@ -73,7 +72,7 @@ class SlabCheckpoint:
             attempt=ATTEMPT,
             ranks=1,
             files={FILE: durable.entry},
-            replicated=place(values, lambda _: FILE),
+            replicated=values,
             own=[{}],
         )
         self._uploads += 1

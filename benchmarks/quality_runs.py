@@ -145,7 +145,11 @@ class Laboratory:
             parameter.copy_(snapshot.weights[name])
         optimizer = AdamW(self._parameters, OptimizerSpec())
         if snapshot.optimizer is not None:
-            optimizer.load_state_dict(snapshot.optimizer)
+            state = optimizer.state_dict()
+            state["updates"].copy_(snapshot.optimizer["updates"])
+            for moments in ("first_moments", "second_moments"):
+                for name, moment in state[moments].items():
+                    moment.copy_(snapshot.optimizer[moments][name])
         return optimizer
 
     def train(

@@ -61,6 +61,8 @@ def train(config: RunConfig, world: World, board: Board, stop: StopFlag, grace_s
             batch = data.next_batch()
             is_asked = board.begin_step(run.step + 1)
             tokens, stops, *votes = world.agree(_labelled_tokens(batch), stop.is_set(), *saver.votes(is_asked))
+            if stops:
+                stop.begin_grace()
             saver.heed(votes, is_last=stops > 0 or run.step + 1 == run.total_steps)
             meter.add(run.advance(batch, tokens, saver.release))
             saver.end_step(meter.training_seconds)

@@ -82,6 +82,14 @@ def wait_until(condition: Callable[[], object]) -> None:
 def test_a_run_killed_while_saves_are_under_way_goes_on_bit_for_bit(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
+    def die_after_a_commit(run: Run) -> None:
+        """Steps wait a little for it: on a busy machine all might end before the writer has begun."""
+        deadline = time.monotonic() + 0.2
+        while run.step > 6 and time.monotonic() < deadline:
+            if list(checkpoints.glob("step-*/COMMITTED")):
+                die()
+            time.sleep(0.005)
+
     for module in (gate, measurement):
         monkeypatch.setattr(module, "INTERVAL_STEPS", 2)  # so that the ratio moves within the run
     recipe = {"processes": processes, "gating": GATING, "schedule": {"steps": 60}, "checkpoint": {"intervalSteps": 1}}
@@ -92,7 +100,7 @@ def test_a_run_killed_while_saves_are_under_way_goes_on_bit_for_bit(
 
     with monkeypatch.context() as patch:
         # The next save is under way by then, for every step makes one due.
-        before_steps(patch, lambda run: run.step > 6 and list(checkpoints.glob("step-*/COMMITTED")) and die())
+        before_steps(patch, die_after_a_commit)
         exit_code, first = run_pod(tmp_path / "parts", make_config(**recipe))
     assert exit_code == 128 + signal.SIGKILL, first.log
     restarts = committed(checkpoints)[-1]
@@ -196,6 +204,22 @@ def test_a_stop_is_obeyed_though_the_store_takes_nothing(
     exit_code, pod = run_pod(tmp_path, make_config(schedule={"steps": 100_000}))
     assert exit_code == ExitCode.STOPPED, pod.log
     assert "not saved: its checkpoint was not written within 2 s; raise checkpointTimeoutSeconds" in pod.report.message
+    assert committed(checkpoints) == []
+
+
+def test_a_stop_of_one_pod_is_obeyed_by_all_though_the_store_takes_nothing(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both slabs of the pod that hears nothing are taken: it must not wait for one without end."""
+    write_within(monkeypatch)
+    monkeypatch.setattr("pylon_trainer.checkpoint.saver.EXIT_MARGIN_SECONDS", 28)
+    monkeypatch.setattr(DiskUpload, "put", lambda *_: threading.Event().wait())
+    before_steps(
+        monkeypatch, lambda run: run.step == 8 and run.world.rank == 0 and os.kill(os.getppid(), signal.SIGTERM)
+    )
+    recipe = {"schedule": {"steps": 100_000}, "checkpoint": {"intervalSteps": 2}}
+    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1, **recipe))
+    assert (first.wait(), second.wait()) == (ExitCode.STOPPED, ExitCode.STOPPED), first.log
     assert committed(checkpoints) == []
 
 
@@ -438,6 +462,44 @@ def test_what_one_disk_has_lost_of_a_checkpoint_that_no_store_has_costs_that_che
     assert (first.wait(), second.wait()) == (0, 0), first.log
     assert min(first.values("loss")) == 5
     assert [notice for notice in first.final.notices if "no node holds rank-00001.safetensors" in notice]
+
+
+def test_a_run_begins_anew_when_a_disk_has_lost_what_no_store_has_yet(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at_once(monkeypatch)
+    with monkeypatch.context() as patch:
+        before_steps(patch, lambda run: run.step == 3 and die())
+        run_gang(tmp_path, local_config(make_config, tmp_path, intervalSteps=2))
+    (file,) = on_disk(tmp_path).glob("step-*2-*/rank-00001.safetensors")
+    file.unlink()
+    first, second = start_gang(tmp_path, local_config(make_config, tmp_path, attempt=2))
+    assert (first.wait(), second.wait()) == (0, 0), first.log
+    assert min(first.values("loss")) == 1
+    assert [notice for notice in first.final.notices if "no node holds rank-00001.safetensors" in notice]
+
+
+def test_what_one_node_could_not_commit_stays_where_another_did(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one has removed what was older."""
+    commit = Archive.commit
+
+    def refuse(archive: Archive, name: str, *arguments: Any) -> Any:
+        if os.environ["RANK"] == "1" and "step-000000000002" in name:
+            wait_until(lambda: committed(on_disk(tmp_path)) == [2])
+            raise StorageError(f"cannot write {name}: no space left there")
+        return commit(archive, name, *arguments)
+
+    save_at_once(monkeypatch)
+    write_within(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "commit", refuse)
+        before_steps(patch, lambda run: run.step == 2 and die())
+        run_gang(tmp_path, local_config(make_config, tmp_path, intervalSteps=1))
+    first, second = start_gang(tmp_path, local_config(make_config, tmp_path, attempt=2, intervalSteps=1))
+    assert (first.wait(), second.wait()) == (0, 0), first.log
+    assert min(first.values("loss")) == 3
 
 
 def test_a_disk_that_refuses_costs_no_checkpoint_in_the_store(

@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from pylon_trainer.checkpoint.layout import Layout
 from pylon_trainer.checkpoint.slab import Arena, Slabs, page_lock
 from pylon_trainer.checkpoint.staging import Staging
 from pylon_trainer.checkpoint.state import describe
+from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.errors import StorageError
 
 PART_BYTES = 4096
@@ -373,3 +375,22 @@ def test_slabs_are_page_locked_and_a_refusal_harms_nothing() -> None:
     assert not page_lock(arena.bytes), "locked twice"
     assert torch.ones(3, device="cuda").sum().item() == 3
     arena.close()
+
+
+def test_an_upload_that_failed_before_the_copy_began_keeps_no_slab(tmp_path: Path) -> None:
+    """A disk that refuses the file answers faster than a large state is handed over."""
+    tensors = state()
+    layout = layout_of(tensors)
+    slabs = Slabs.open(layout.size_bytes, layout.size_bytes + PART_BYTES, PART_BYTES, torch.device("cpu"))
+    (tmp_path / "file").touch()
+    writer = WriterHandle.in_thread(slabs.arena)
+    staging = Staging(torch.device("cpu"), slabs, writer)
+    try:
+        writer.begin(1, str(tmp_path / "file"), "step/rank", layout.size_bytes)
+        assert writer.wait(WAIT_SECONDS)
+        assert staging.begin(tensors, layout, [1]) is not None
+        assert staging.wait_for_slab(WAIT_SECONDS)
+    finally:
+        assert staging.close(WAIT_SECONDS)
+        assert writer.close(WAIT_SECONDS)
+        slabs.close()

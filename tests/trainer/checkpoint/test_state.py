@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pylon_trainer.checkpoint.manifest import placeholders
-from pylon_trainer.checkpoint.state import describe, join, place, separate
+from pylon_trainer.checkpoint.share import Divider
+from pylon_trainer.checkpoint.state import describe, join, separate
 
 
 def state() -> dict[str, Any]:
@@ -46,15 +47,20 @@ def test_tensors_are_not_copied_and_carry_no_gradient() -> None:
     assert not tensors["w"].requires_grad
 
 
-def test_placeholders_are_told_their_file() -> None:
-    values, _ = separate(state())
+def test_the_placeholders_of_a_state_are_made_once() -> None:
+    divider, tree = Divider(0, 2), state()
 
-    placed = list(placeholders(place(values, {"model/embed.weight": "rank-0", "model/norm": "rank-1"}.__getitem__)))
+    first, second = (divider.share(tree, {"rng": torch.zeros(5)}) for _ in range(2))
+    tree["model"]["norm"] = torch.ones(4)
+    third = divider.share(tree, {"rng": torch.zeros(5)})
 
-    assert placed == [
-        {"file": "rank-0", "key": "model/embed.weight", "dtype": "float32", "shape": [2, 3]},
-        {"file": "rank-1", "key": "model/norm", "dtype": "bfloat16", "shape": [2]},
+    assert list(placeholders(first.replicated)) == [
+        {"file": "rank-00000.safetensors", "key": "model/embed.weight", "dtype": "float32", "shape": [2, 3]},
+        {"file": "rank-00001.safetensors", "key": "model/norm", "dtype": "bfloat16", "shape": [2]},
     ]
+    assert second.replicated == first.replicated
+    assert second.replicated["model"]["norm"] is first.replicated["model"]["norm"]
+    assert third.replicated["model"]["norm"]["__tensor__"]["shape"] == [4]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from pylon_trainer.checkpoint.orders import Committed, Durable, End, Failed
 from pylon_trainer.checkpoint.restore import Shelf
 from pylon_trainer.checkpoint.staged import Staged
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
-from pylon_trainer.errors import StorageError, TrainerError
+from pylon_trainer.errors import TrainerError
 from pylon_trainer.runtime.distributed import World
 
 
@@ -136,27 +137,33 @@ class Destination:
         save, answer = oldest.save, oldest.answer
         assert isinstance(answer, Durable)
         receipts = self._world.gather(_Receipt(save.file, answer.entry, save.own))
-        # Alike on all ranks but for measured times, and nodes that share a disk must commit the same.
-        replicated = self._world.broadcast(save.replicated)
+        manifest = self._manifest(save, receipts).dump() if self._world.rank == 0 else b""
+        if not self.is_store:
+            # Alike on all ranks but for measured times, and nodes that share a disk must commit the same.
+            manifest = self._world.broadcast(manifest)
         oldest.is_committing, oldest.answer = True, None
         if self._commits:
-            manifest = Manifest(
-                step=save.step,
-                attempt=self._archive.attempt,
-                ranks=self._world.size,
-                files={receipt.file: receipt.entry for receipt in receipts},
-                replicated=replicated,
-                own=[receipt.own for receipt in receipts],
-            )
             archive = self._archive
-            self._writer.commit(oldest.upload, self._uri, archive.attempt, archive.keep, save.name, manifest.dump())
+            self._writer.commit(oldest.upload, self._uri, archive.attempt, archive.keep, save.name, manifest)
+
+    def _manifest(self, save: Save, receipts: Sequence[_Receipt]) -> Manifest:
+        return Manifest(
+            step=save.step,
+            attempt=self._archive.attempt,
+            ranks=self._world.size,
+            files={receipt.file: receipt.entry for receipt in receipts},
+            replicated=save.replicated,
+            own=[receipt.own for receipt in receipts],
+        )
 
     def _give_up(self) -> Outcome:
         """The oldest save, on all ranks, for the reason of the first that has one."""
         oldest = self._queue[0]
         errors = self._world.gather(self._error(oldest))
         self._writer.cancel(oldest.upload)
-        if self._commits:
+        # Another node may have committed it, and removed older ones: all files are there, so it can be restored.
+        may_count = oldest.is_committing and not self.is_store
+        if self._commits and not may_count:
             self._writer.discard(self._uri, self._archive.attempt, self._archive.keep, oldest.save.name)
         return self._end(oldest, next(error for error in errors if error is not None))
 
@@ -165,8 +172,9 @@ class Destination:
         if one.save.error is not None:
             return one.save.error
         staged, answer = one.save.staged, one.answer
-        if staged is not None and isinstance(staged.error, StorageError):
-            return staged.error
+        if staged is not None and staged.error is not None:
+            error = staged.error
+            return error if isinstance(error, TrainerError) else TrainerError(f"cannot copy a checkpoint: {error!r}")
         return answer.error() if isinstance(answer, Failed) else None
 
     def _end(self, oldest: _UnderWay, error: TrainerError | None) -> Outcome:

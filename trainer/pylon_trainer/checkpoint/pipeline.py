@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pylon_api.training import CheckpointSpec
@@ -24,6 +24,9 @@ from pylon_trainer.runtime.distributed import World
 
 MAX_UNDER_WAY = 2
 """Saves on their way to one place; another waits, memory or not."""
+
+GLANCE_SECONDS = 0.1
+"""Between looks at the time that is left for waiting."""
 
 Tree = Mapping[str, Any]
 
@@ -69,15 +72,21 @@ class Pipeline:
         return not any(place.under_way for place in self._places)
 
     def begin(
-        self, step: int, name: str, replicated: Tree, own: Tree, reach: Reach, patience_seconds: float | None
+        self,
+        step: int,
+        name: str,
+        replicated: Tree,
+        own: Tree,
+        reach: Reach,
+        seconds_left: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Begin to save a state, whose tensors must not be written before `release`.
 
-        patience_seconds: how long to wait for memory, after which the save is given up; None waits as long as it takes.
+        seconds_left: how much longer to wait for memory, then the save is given up; None for as long as it takes.
         """
         share = self._divider.share(replicated, own)
         save = Save(step, name, share.file, share.layout.size_bytes, share.replicated, share.own, time.monotonic())
-        has_memory = self._staging.wait_for_slab(patience_seconds)
+        has_memory = self._wait_for_memory(seconds_left)
         places = [place for place in self._places if reach is Reach.STORE or not place.is_store]
         uploads = [next(self._uploads) for _ in places]
         for place, upload in zip(places, uploads, strict=True):
@@ -86,6 +95,13 @@ class Pipeline:
             save.staged = self._staging.begin(share.tensors, share.layout, uploads)
         else:
             save.error = StorageError("the checkpoints before it were not taken in time, so no memory was free for it")
+
+    def _wait_for_memory(self, seconds_left: Callable[[], float | None]) -> bool:
+        """False when the time ran out, which may begin to run while this waits."""
+        while not self._staging.wait_for_slab(GLANCE_SECONDS):
+            if seconds_left() == 0:
+                return False
+        return True
 
     def release(self) -> None:
         """Before the tensors are written: have that wait until they are copied."""

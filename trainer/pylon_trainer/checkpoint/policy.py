@@ -18,6 +18,9 @@ from pylon_api.training import CheckpointSpec, IntervalControl
 LEARNING_STEPS = 10
 """Under YoungDaly the first checkpoint falls due after so many steps, to learn what one costs."""
 
+WARM_UP_STEPS = 3
+"""Quiet steps at the beginning that are no measure of one: they compile, record and allocate."""
+
 _MEMORY = 100
 """Steps over which the length of a quiet step is averaged."""
 
@@ -52,7 +55,9 @@ class Costs:
         if not is_quiet:
             return replace(self, excess_seconds=self.excess_seconds + (0.0 if usual is None else seconds - usual))
         steps = self.quiet_steps + 1
-        mean = seconds if usual is None else usual + (seconds - usual) / min(steps, _MEMORY)
+        if steps <= WARM_UP_STEPS:
+            return replace(self, quiet_steps=steps)
+        mean = seconds if usual is None else usual + (seconds - usual) / min(steps - WARM_UP_STEPS, _MEMORY)
         return replace(self, step_seconds=mean, quiet_steps=steps)
 
     def after_save(self, write_seconds: float) -> Costs:

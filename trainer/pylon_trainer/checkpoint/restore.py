@@ -51,6 +51,11 @@ class Restored:
     """What this rank had for itself; None when the checkpoint is of another number of ranks."""
 
 
+class _Lost(DamagedCheckpoint):
+    """Files of it went with a node, and no store has it: nothing that was kept for good is lost. Told before any tensor
+    is read."""
+
+
 class _Copy(NamedTuple):
     """A place where a checkpoint, or a file of one, was found."""
 
@@ -73,7 +78,7 @@ def restore(
     shelves: the nearest first. targets: tensors to read into, by key, contiguous; others are made on the CPU.
     check: raises when a checkpoint must not be read into the targets. passed_over: told, in one line each, of damage.
     StorageError when there are checkpoints but none is whole, because beginning anew would lose them silently; the
-    targets may then hold anything.
+    targets may then hold anything. One of which a lost node had a part, and no store a copy, is none.
     """
     tried: set[Place] = set()
     damage = ""
@@ -83,11 +88,15 @@ def restore(
             tried.add(place)
             try:
                 return _Reader(world, shelves, ranks_per_node, place.name, copies, passed_over).read(targets, check)
+            except _Lost as lost:
+                passed_over(f"passed over {lost}")
             except DamagedCheckpoint as found:
                 damage = str(found)
                 passed_over(f"passed over {damage}")
     if damage:
-        raise StorageError(f"no checkpoint is whole ({damage}); remove {shelves[-1].archive.storage.uri} to begin anew")
+        shelf = shelves[-1]
+        advice = f"remove {shelf.archive.storage.uri} to begin anew" if shelf.is_own else "name another to start from"
+        raise StorageError(f"no checkpoint is whole ({damage}); {advice}")
     return None
 
 
@@ -208,7 +217,7 @@ class _Reader:
             elif self._is_in_store:
                 readers[file] = _Copy(len(self._shelves) - 1, turn % self._world.size)
             else:
-                raise DamagedCheckpoint(f"{self._uri(self._shelves[0])}: no node holds {file}")
+                raise _Lost(f"{self._uri(self._shelves[0])}: no node holds {file}")
         return readers
 
     def _holds(self, shelf: Shelf, file: str, entry: FileEntry) -> bool:

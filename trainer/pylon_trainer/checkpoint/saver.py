@@ -193,7 +193,7 @@ class Saver:
         run, began = self._run, time.monotonic()
         name = self._shelves[-1].archive.new_name(run.step, self._nonce)
         state = contents.replicated(run), contents.own(run)
-        pipeline.begin(run.step, name, *state, reach, self._seconds_left())
+        pipeline.begin(run.step, name, *state, reach, self._seconds_left)
         if reach is Reach.STORE:
             self._newest_step = run.step
             self._pace.save_began(run.step)

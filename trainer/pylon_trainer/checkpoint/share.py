@@ -14,7 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from pylon_trainer.checkpoint.layout import Layout, assign, tensor_bytes
-from pylon_trainer.checkpoint.state import Tree, describe, place, separate
+from pylon_trainer.checkpoint.manifest import TENSOR
+from pylon_trainer.checkpoint.state import Tree, describe, separate
+
+Described = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensors by key: dtype and shape."""
 
 OWN = "own"
 """Before the keys of what a rank has for itself."""
@@ -45,21 +49,32 @@ class Divider:
         self._ranks = ranks
         self._described: Any = None
         self._owners: dict[str, int] = {}
+        self._placeholders: dict[str, Tree] = {}
+        """Made once: building thousands at every save would wake the garbage collector, which then stops training."""
         self._layout: Layout | None = None
 
     def share(self, replicated: Mapping[str, Any], own: Mapping[str, Any]) -> Share:
         """This rank's part; nothing is copied. TypeError or ValueError, naming it, for what cannot be saved."""
-        values, tensors = separate(replicated)
-        own_values, own_tensors = separate(own, OWN)
+        values, tensors = separate(replicated, known=self._placeholders)
+        own_values, own_tensors = separate(own, OWN, self._placeholders)
         described = describe(tensors), describe(own_tensors)
         if self._layout is None or described != self._described:
-            self._owners = assign({key: tensor_bytes(*what) for key, what in described[0].items()}, self._ranks)
-            mine = {key: what for key, what in described[0].items() if self._owners[key] == self._rank}
-            self._layout, self._described = Layout.of({**mine, **described[1]}), described
+            self._layout, self._described = self._divide(*described), described
+            return self.share(replicated, own)
         return Share(
             file=file_of(self._rank),
             layout=self._layout,
             tensors={key: tensor for key, tensor in tensors.items() if self._owners[key] == self._rank} | own_tensors,
-            replicated=place(values, lambda key: file_of(self._owners[key])),
-            own=place(own_values, lambda _: file_of(self._rank)),
+            replicated=values,
+            own=own_values,
         )
+
+    def _divide(self, replicated: Described, own: Described) -> Layout:
+        self._owners = assign({key: tensor_bytes(*what) for key, what in replicated.items()}, self._ranks)
+        files = {key: file_of(rank) for key, rank in self._owners.items()} | dict.fromkeys(own, file_of(self._rank))
+        described = {**replicated, **own}
+        self._placeholders = {
+            key: {TENSOR: {"file": file, "key": key, "dtype": described[key][0], "shape": list(described[key][1])}}
+            for key, file in files.items()
+        }
+        return Layout.of({key: what for key, what in described.items() if files[key] == file_of(self._rank)})

@@ -6,8 +6,9 @@ joined by "/". What a state means is not known here; nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,29 +19,22 @@ from pylon_trainer.checkpoint.manifest import TENSOR
 Tree = dict[str, Any]
 
 
-def separate(tree: Mapping[str, Any], prefix: str = "") -> tuple[Tree, dict[str, Tensor]]:
+def separate(
+    tree: Mapping[str, Any], prefix: str = "", known: Mapping[str, Tree] = MappingProxyType({})
+) -> tuple[Tree, dict[str, Tensor]]:
     """The tree with a placeholder for each tensor, and the tensors themselves by key (not copies, detached).
 
-    prefix: put before every key, as in "own/rng/cpu". The placeholder is {"__tensor__": {"key", "dtype", "shape"}}.
-    TypeError or ValueError, naming the path, for what cannot be saved.
+    prefix: put before every key, as in "own/rng/cpu". known: placeholders by key, used as they are; another is
+    {"__tensor__": {"key", "dtype", "shape"}}. TypeError or ValueError, naming the path, for what cannot be saved.
     """
     tensors: dict[str, Tensor] = {}
-    values: Tree = _separate(tree, prefix, tensors)
+    values: Tree = _separate(tree, prefix, known, tensors)
     return values, tensors
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Each tensor's dtype (torch's name, "float32") and shape, as a layout wants them."""
     return {key: (_name(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()}
-
-
-def place(values: Any, file_of: Callable[[str], str]) -> Any:
-    """The tree with the file of every tensor added to its placeholder."""
-    if not isinstance(values, dict):
-        return values
-    if TENSOR in values:
-        return {TENSOR: {"file": file_of(values[TENSOR]["key"]), **values[TENSOR]}}
-    return {key: place(value, file_of) for key, value in values.items()}
 
 
 def join(values: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -52,14 +46,14 @@ def join(values: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: join(value, tensors) for key, value in values.items()}
 
 
-def _separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _separate(value: Any, path: str, known: Mapping[str, Tree], tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if path in tensors:
             raise ValueError(f"state: two tensors are called {path}")
-        tensors[path] = value.detach()
-        return {TENSOR: {"key": path, "dtype": _name(value.dtype), "shape": list(value.shape)}}
+        tensors[path] = value.detach() if value.requires_grad else value
+        return known.get(path) or {TENSOR: {"key": path, "dtype": _name(value.dtype), "shape": list(value.shape)}}
     if isinstance(value, Mapping):
-        return {key: _separate(part, _join_path(path, key), tensors) for key, part in value.items()}
+        return {key: _separate(part, _join_path(path, key), known, tensors) for key, part in value.items()}
     _check_json(value, path)
     return value
 

@@ -71,8 +71,14 @@ class WriterHandle:
         self._peer.handle(Begin(upload, uri, path, size_bytes))
 
     def part(self, upload: int, offset_in_file: int, offset_in_arena: int, length: int) -> None:
-        """See orders.Part."""
-        self._peer.handle(Part(upload, offset_in_file, offset_in_arena, length))
+        """See orders.Part. If the file has ended, `listen` is told so again: at first the listener may not have known
+        of it."""
+        with self._changed:
+            is_awaited = upload in self._pending
+        if is_awaited:
+            self._peer.handle(Part(upload, offset_in_file, offset_in_arena, length))
+        else:
+            self._ended(upload)
 
     def cancel(self, upload: int) -> None:
         """See orders.Cancel."""
@@ -89,7 +95,7 @@ class WriterHandle:
 
     def listen(self, taken: Callable[[int, int], None], ended: Callable[[int], None]) -> None:
         """From now on call, from any thread: taken(upload, offset_in_file) for each part whose range of the arena may
-        change, ended(upload) once nothing reads the arena for it any more."""
+        change, ended(upload) once nothing reads the arena for it any more, and again for each part that comes later."""
         self._taken, self._ended = taken, ended
 
     def poll(self) -> list[End]:
@@ -115,9 +121,10 @@ class WriterHandle:
         if isinstance(answer, Taken):
             self._taken(answer.upload, answer.offset_in_file)
             return
-        self._ended(answer.upload)
         with self._changed:
             self._pending.discard(answer.upload)
+        self._ended(answer.upload)  # a part that comes now is told so by `part`
+        with self._changed:
             self._endings.append(answer)
             self._changed.notify_all()
 

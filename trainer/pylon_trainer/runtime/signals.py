@@ -50,6 +50,7 @@ class StopFlag:
         self._at_once = at_once
         self._deferred = False
         self._first_time: float | None = None
+        self._grace_time: float | None = None
         listen(STOP_SIGNALS, self._hear)
 
     def defer(self) -> None:
@@ -60,10 +61,16 @@ class StopFlag:
         """Whether someone asked to stop."""
         return self._first_time is not None
 
+    def begin_grace(self) -> None:
+        """Another process of the run was asked: this one leaves with it, though it may never hear a signal itself."""
+        if self._grace_time is None:
+            self._grace_time = time.monotonic()
+
     @property
     def age_seconds(self) -> float | None:
-        """Since someone asked to stop; None when nobody did."""
-        return None if self._first_time is None else time.monotonic() - self._first_time
+        """Since someone asked this process or another of the run to stop; None when nobody did."""
+        times = [when for when in (self._first_time, self._grace_time) if when is not None]
+        return time.monotonic() - min(times) if times else None
 
     def _hear(self, _: int) -> None:
         now = time.monotonic()
