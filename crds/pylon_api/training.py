@@ -38,7 +38,8 @@ class ResonateSpec(Spec):
     expand: int = Field(default=2, ge=1, le=8)
     """Channels of the state-space layer per unit of hiddenSize."""
     conv_width: int = Field(default=4, ge=1, le=16)
-    """Tokens that the short causal convolution before the scan looks back on, itself included; 1 switches it off."""
+    """Tokens that the short causal convolution before the scan weighs, the last of them the token itself; with 1 no
+    token is weighed but that."""
     groups: int = Field(default=1, ge=1, le=256)
     """Sets of input and output maps of the state; the heads must be divisible by it."""
     chunk_tokens: int = Field(default=64, ge=1, le=1024)
@@ -535,7 +536,8 @@ class ExportSpec(Spec):
     """What is left when training has ended."""
 
     format: ExportFormat = ExportFormat.OFF
-    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer. Disabled: nothing."""
+    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer; needs architecture
+    Transformer. Disabled: nothing."""
     uri: Uri | None = None
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
@@ -583,6 +585,11 @@ class TrainingSpec(Spec):
                 " || self.gating.routerLayers <= self.model.layers",
                 "gating.routerLayers must not exceed model.layers",
             ),
+            rule(
+                "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
+                " || self.model.architecture == 'Transformer'",
+                "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
+            ),
         )
     )
 
@@ -590,6 +597,16 @@ class TrainingSpec(Spec):
     def _export_has_a_place(self) -> Self:
         if self.export.format is not ExportFormat.OFF and not (self.export.uri or self.checkpoint):
             raise ValueError("export needs export.uri or checkpoint.uri to know where to write")
+        return self
+
+    @model_validator(mode="after")
+    def _export_has_a_form(self) -> Self:
+        architecture = self.model.architecture
+        if self.export.format is not ExportFormat.OFF and architecture is not Architecture.TRANSFORMER:
+            raise ValueError(
+                f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
+                f"the format has no form for it; set Disabled and use the checkpoint"
+            )
         return self
 
     @model_validator(mode="after")

@@ -141,7 +141,7 @@ def cut_hidden(
         return x_BTD if kv_gradient is None else x_BTD.detach() + weights_BT1 * (x_BTD - x_BTD.detach())
 
     def through(block: Block, x_BTD: Tensor, context: Context, weights_BT1: Tensor) -> Tensor:
-        k, v = block.keys_values(x_BTD, context)
+        k, v = block.offers(x_BTD, context)
         if kv_gradient is TRUNCATED:
             k, v = (torch.where((weights_BT1 > 0).unsqueeze(1), x, x.detach()) for x in (k, v))
 

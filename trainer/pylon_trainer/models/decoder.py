@@ -31,8 +31,8 @@ class Block(nn.Module, ABC):
         """B x T x D to the same."""
 
     @abstractmethod
-    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
-        """What the tokens offer to others: what the block hands to `attend` or `mix`."""
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """What the tokens offer to later ones: what the block hands to `attend` beside the queries, or to `mix`."""
 
     @abstractmethod
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
@@ -111,20 +111,23 @@ class Decoder(nn.Module, ABC):
             return self.output.weight
         return self.output.weight @ self.output_projection.weight
 
-    def context(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Context:
-        """What every block needs to know of these sequences; arguments as forward has them."""
+    def context(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, *, first: int = 0) -> Context:
+        """What every block needs to know of these sequences; arguments as forward has them. first: place of the first
+        token, when earlier ones are remembered."""
         device = tokens_BT.device
         width = self.spec.hidden_size // self.spec.heads
         pairs = torch.arange(0, width, 2, device=device, dtype=torch.float32)
         frequencies = self.spec.rope_theta ** (-pairs / width)
-        places_T = torch.arange(tokens_BT.shape[1], device=device)
+        places_T = torch.arange(first, first + tokens_BT.shape[1], device=device)
         if documents_BT is None:
             angles = places_T[:, None] * frequencies
             return Context.of(places_T, angles.cos(), angles.sin())
         starts_BT = torch.searchsorted(documents_BT, documents_BT)  # the first place of each token's own document
         places_BT = places_T - starts_BT
         angles_BTE = places_BT[..., None] * frequencies
-        return Context.of(places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT, attends=self.attends)
+        return Context.of(
+            places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT, attends=self.attends
+        )
 
     def _initialise(self) -> None:
         """Normal matrices; those that write to the residual stream shrink with depth (GPT-2, section 2.3), and a

@@ -43,9 +43,9 @@ class AttentionBlock(Block):
         updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
         return updated_BTD
 
-    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What tokens offer to those that attend to them, each B x J x T x E."""
-        return self.attention.keys_values(self.attention_norm(x_BTD), context)
+        return self.attention.offers(self.attention_norm(x_BTD), context)
 
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         return self.attention.output, self.mlp.down
@@ -64,12 +64,12 @@ class Attention(nn.Module):
         self.output = plain_linear(spec.hidden_size, spec.hidden_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        k_BJTE, v_BJTE = self.keys_values(x_BTD, context)
+        k_BJTE, v_BJTE = self.offers(x_BTD, context)
         q_BHTE = rotate(self._heads(context.linear(self.query, x_BTD)), context)
         y_BHTE = context.attend(q_BHTE, k_BJTE, v_BJTE)
         return context.linear(self.output, y_BHTE.transpose(1, 2).flatten(2))
 
-    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What tokens offer to those that attend to them, each B x J x T x E."""
         k_BJTE = rotate(self._heads(context.linear(self.key, x_BTD)), context)
         return k_BJTE, self._heads(context.linear(self.value, x_BTD))

@@ -9,7 +9,7 @@ Shapes: B sequences, T new tokens, S tokens in all, H query heads, J key and val
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +44,29 @@ class Cache:
     def bytes(self) -> int:
         """Of what is remembered."""
         return sum(x.numel() * x.element_size() for memory in self._memories if memory is not None for x in memory)
+
+
+@dataclass(frozen=True)
+class RememberingContext(Context):
+    """The context of one block's new tokens, which see those that the block remembers."""
+
+    memory: Memory | None = None
+    """What the block left the last time."""
+    left: list[Memory] = field(default_factory=list)
+    """What it leaves this time."""
+
+    def attend(self, q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:
+        """As Context has it. Memory: keys and values, B x J x S x E each."""
+        if self.memory is not None:
+            k_BJTE, v_BJTE = (torch.cat(pair, 2) for pair in zip(self.memory, (k_BJTE, v_BJTE), strict=True))
+        self.left.append((k_BJTE, v_BJTE))
+        new, all_ = q_BHTE.shape[2], k_BJTE.shape[2]
+        sees_TS = torch.ones(new, all_, dtype=torch.bool, device=q_BHTE.device).tril(all_ - new)
+        is_grouped = q_BHTE.shape[1] != k_BJTE.shape[1]
+        return F.scaled_dot_product_attention(q_BHTE, k_BJTE, v_BJTE, attn_mask=sees_TS, enable_gqa=is_grouped)
+
+    def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
+        """As Context has it."""
+        y_BTO, memory = mixer.run(x_BTI, None, self.memory)
+        self.left.append(memory)
+        return y_BTO

@@ -1,4 +1,5 @@
-"""The Mamba-2 mixer (Dao & Gu 2024, arXiv:2405.21060, section 7): projection, short convolution, scan, gate, projection.
+"""The Mamba-2 mixer (Dao & Gu 2024, arXiv:2405.21060, section 7): projection, short convolution, scan, gate,
+projection.
 
 It computes what `transformers`' Mamba2Mixer does.
 

@@ -29,10 +29,10 @@ class StateMixer(nn.Module, ABC):
         self.output = plain_linear(inner, hidden_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        (projected_BTI,) = self.keys_values(x_BTD, context)
+        (projected_BTI,) = self.offers(x_BTD, context)
         return context.linear(self.output, context.mix(self, projected_BTI))
 
-    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor]:
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor]:
         """What tokens offer to later ones, B x T x I."""
         return (context.linear(self.input, x_BTD),)
 
@@ -73,4 +73,5 @@ def gated_norm(y_BTO: Tensor, gate_BTO: Tensor, weight_O: Tensor, groups: int, e
     """RMS norm by groups of y * silu(gate), in the gate's type."""
     gated_BTGO = (y_BTO.float() * F.silu(gate_BTO.float())).unflatten(-1, (groups, -1))
     normed_BTGO = gated_BTGO * torch.rsqrt(gated_BTGO.square().mean(-1, keepdim=True) + epsilon)
-    return (weight_O * normed_BTGO.flatten(-2)).to(gate_BTO.dtype)
+    normed_BTO: Tensor = weight_O * normed_BTGO.flatten(-2)
+    return normed_BTO.to(gate_BTO.dtype)

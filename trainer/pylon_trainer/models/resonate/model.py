@@ -52,9 +52,9 @@ class MixerBlock(Block):
         updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
         return updated_BTD
 
-    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
         """As Block has it: the mixer's first projection, B x T x I."""
-        return self.mixer.keys_values(self.mixer_norm(x_BTD), context)
+        return self.mixer.offers(self.mixer_norm(x_BTD), context)
 
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         """As Block has it."""

@@ -173,14 +173,16 @@ def decays(sums: Tensor, sees: Tensor) -> Tensor:
     differences = high[..., :, None] - high[..., None, :] + (low[..., :, None] - low[..., None, :])
     # What a token does to itself depends on no decay; as a difference, it would drown the others' gradients in noise.
     is_self = torch.eye(sums.shape[-1], dtype=torch.bool, device=sums.device)
-    return torch.where(sees & ~is_self, differences, torch.where(is_self, 0.0, -torch.inf)).exp()
+    masked = torch.where(sees & ~is_self, differences, torch.where(is_self, 0.0, -torch.inf))
+    return masked.exp()
 
 
 def chunks_of(x_BT: Tensor, length: int, padding: int) -> Tensor:
     """B x T x ... to B x C x Q x ..., with zeros for `padding` tokens that are missing."""
     if padding:
         x_BT = F.pad(x_BT, (0, 0) * (x_BT.ndim - 2) + (0, padding))
-    return x_BT.unflatten(1, (-1, length))
+    x_BCQ: Tensor = x_BT.unflatten(1, (-1, length))
+    return x_BCQ
 
 
 def where(condition_BCQ: Tensor | None, x_BCQH: Tensor) -> Tensor:
