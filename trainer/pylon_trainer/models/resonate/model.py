@@ -9,9 +9,11 @@ Shapes: B sequences, T tokens, D hidden width.
 
 from __future__ import annotations
 
+import enum
+
 from torch import Tensor, nn
 
-from pylon_api.training import ModelSpec, ResonateSpec
+from pylon_api.training import Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder
 from pylon_trainer.models.resonate.long_convolution import LongConvolution
@@ -24,12 +26,13 @@ class Resonate(Decoder):
     """State-space blocks, with as many that attend or convolve as the spec asks for."""
 
     def _block(self, number: int) -> Block:
-        own = self.spec.resonate or ResonateSpec()
-        if _is_every(own.attention_every, number):
-            return AttentionBlock(self.spec)
-        if _is_every(own.long_convolution_every, number):
-            return MixerBlock(self.spec, LongConvolution(self.spec))
-        return MixerBlock(self.spec, Mamba(self.spec))
+        match kind_of(self.spec, number):
+            case Kind.ATTENTION:
+                return AttentionBlock(self.spec)
+            case Kind.LONG_CONVOLUTION:
+                return MixerBlock(self.spec, LongConvolution(self.spec))
+            case Kind.SCAN:
+                return MixerBlock(self.spec, Mamba(self.spec))
 
     @property
     def attends(self) -> bool:
@@ -61,5 +64,21 @@ class MixerBlock(Block):
         return self.mixer.output, self.mlp.down
 
 
-def _is_every(every: int, number: int) -> bool:
-    return every > 0 and (number + 1) % every == 0
+class Kind(enum.Enum):
+    """Where the tokens of a block meet."""
+
+    ATTENTION = enum.auto()
+    LONG_CONVOLUTION = enum.auto()
+    SCAN = enum.auto()
+
+
+def kind_of(spec: ModelSpec, number: int) -> Kind:
+    """Of a block by its number from 0, in any architecture."""
+    if spec.architecture is Architecture.TRANSFORMER:
+        return Kind.ATTENTION
+    own = spec.resonate or ResonateSpec()
+    if own.attention_every and (number + 1) % own.attention_every == 0:
+        return Kind.ATTENTION
+    if own.long_convolution_every and (number + 1) % own.long_convolution_every == 0:
+        return Kind.LONG_CONVOLUTION
+    return Kind.SCAN
