@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pylon_trainer.gating.recall import Product, multiply, recall
 from pylon_trainer.gating.tiles import Tiles
 from pylon_trainer.kernels.attention import Layout, attend_rows
 from pylon_trainer.models.context import Context, Linear, Mixer
+from pylon_trainer.models.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,10 @@ class RowContext(RecallingContext):
         """1 x K x O. The mixer runs over all tokens, with the rows' own inputs among them, so that gradients reach
         these from every chosen row that remembers them."""
         (x_BTI,) = self.offered
-        arguments = mixer, x_1KI, x_BTI, self.rows
-        if not torch.is_grad_enabled():
-            return _mix_rows(*arguments)
-        y_1KO: Tensor = checkpoint(_mix_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return y_1KO
+        rows = self.rows
 
+        def mix_rows(own_1KI: Tensor, all_BTI: Tensor) -> Tensor:
+            x_NI = all_BTI.flatten(0, 1).index_copy(0, rows.rows_K, own_1KI.squeeze(0))
+            return rows.take(mixer.run(x_NI.view(all_BTI.shape), rows.starts_BT)[0])
 
-def _mix_rows(mixer: Mixer, x_1KI: Tensor, x_BTI: Tensor, rows: Rows) -> Tensor:
-    x_NI = x_BTI.flatten(0, 1).index_copy(0, rows.rows_K, x_1KI.squeeze(0))
-    return rows.take(mixer.run(x_NI.view(x_BTI.shape), rows.starts_BT)[0])
+        return recomputed(mix_rows, mixer, x_1KI, x_BTI)

@@ -11,13 +11,15 @@ that a mixer takes and gives.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+
+from pylon_trainer.models.recompute import recomputed
 
 
 class Linear(Protocol):
@@ -30,9 +32,10 @@ class Linear(Protocol):
     def bias(self) -> Tensor | None: ...
 
 
-class Mixer(Protocol):
+class Mixer(nn.Module, ABC):
     """A layer in which tokens meet by a state that is handed along the sequence."""
 
+    @abstractmethod
     def run(
         self, x_BTI: Tensor, starts_BT: Tensor | None = None, memory: Memory | None = None
     ) -> tuple[Tensor, Memory]:
@@ -40,7 +43,6 @@ class Mixer(Protocol):
 
         starts_BT: first place of each token's document, where memory begins anew. memory: of the tokens before.
         """
-        ...
 
 
 Memory = tuple[Tensor, ...]
@@ -87,17 +89,8 @@ class Context:
 
     def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
         """What a mixer makes of all tokens, each with those before it in its document, B x T x O."""
-        if not torch.is_grad_enabled():
-            return mixer.run(x_BTI, self.starts_BT)[0]
         # The way back runs the mixer again from x_BTI, which is held anyway, so that nothing within it is held.
-        y_BTO: Tensor = checkpoint(
-            _output_of, mixer, x_BTI, self.starts_BT, use_reentrant=False, preserve_rng_state=False
-        )
-        return y_BTO
-
-
-def _output_of(mixer: Mixer, x_BTI: Tensor, starts_BT: Tensor | None) -> Tensor:
-    return mixer.run(x_BTI, starts_BT)[0]
+        return recomputed(lambda x: mixer.run(x, self.starts_BT)[0], mixer, x_BTI)
 
 
 def _mask(starts_BT: Tensor) -> Tensor:

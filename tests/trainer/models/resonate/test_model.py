@@ -97,8 +97,8 @@ def test_only_attention_remembers_more_with_every_token(kind: str, grows: bool) 
     assert model.attends == grows
 
 
-@every_kind
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "documents"), [(KINDS["groups"], False), (KINDS["all three"], True)])
 def test_blocks_compile_without_a_graph_break(own: dict[str, int], documents: bool) -> None:
     model = model_of(own)
     tokens_BT = tokens_of(2, 11)

@@ -1,7 +1,7 @@
 """What the mixers of this architecture share: two projections, and between them a short convolution and a gated norm.
 
 All that lies between the two projections is `run`, which needs the first projection's output and nothing else. So
-training holds that output and run's own, and computes what lies between again on the way back (models/context.py).
+training holds that output and run's own, and computes what lies between again on the way back (models/recompute.py).
 
 Shapes: B sequences, T tokens, D hidden width, I width of the first projection, O inner width, U channels of the
 convolution, W tokens that it sees, G groups of channels.
@@ -10,17 +10,16 @@ convolution, W tokens that it sees, G groups of channels.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylon_trainer.models.context import Context, Memory
+from pylon_trainer.models.context import Context, Mixer
 from pylon_trainer.models.decoder import plain_linear
 
 
-class StateMixer(nn.Module, ABC):
+class StateMixer(Mixer):
     """A mixer between its two projections."""
 
     def __init__(self, hidden_size: int, projected: int, inner: int) -> None:
@@ -35,12 +34,6 @@ class StateMixer(nn.Module, ABC):
     def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor]:
         """What tokens offer to later ones, B x T x I."""
         return (context.linear(self.input, x_BTD),)
-
-    @abstractmethod
-    def run(
-        self, x_BTI: Tensor, starts_BT: Tensor | None = None, memory: Memory | None = None
-    ) -> tuple[Tensor, Memory]:
-        """As models.context.Mixer has it."""
 
 
 class ShortConvolution(nn.Module):
