@@ -51,8 +51,8 @@ class ResonateSpec(Spec):
     """Every so many blocks one convolves over the whole past with a learnt filter that does not depend on the tokens,
     instead of scanning; where attentionEvery falls on the same block, it attends. 1 makes all blocks so, 0 none."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
-    """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed and the device is CUDA,
-    else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
+    """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
+    compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
 
 
 class ModelSpec(Spec):

@@ -2,8 +2,8 @@
 
 The recurrence is that package's "simple GLA" (gated linear attention with one decay per head) with `read` for queries,
 `write` for keys, step * values for values and scale 1 (`fla.ops.simple_gla.chunk_simple_gla`). It knows no documents
-without a look at their lengths on the host, so a document begins with a decay of e^FORGET in place of 0. torch.compile
-leaves the graph for it.
+without a look at their lengths on the host, so a document begins with a decay of e^FORGET in place of 0. A compiled
+block takes ours, which torch.compile fuses with what surrounds it; it would have to leave its graph for theirs.
 
 Shapes: as scan.py.
 """
@@ -43,7 +43,8 @@ def scan(
             values_BTHP[:, 0], steps_BTH[:, 0], poles_H, write_BTGN[:, 0], read_BTGN[:, 0], state_BHNP
         )
         return y_BHP.unsqueeze(1).to(values_BTHP.dtype), state_BHNP
-    if kernel is ScanKernel.AUTO and HAS_TRITON_SCAN and values_BTHP.is_cuda:
+    may_leave = kernel is ScanKernel.AUTO and not torch.compiler.is_compiling()
+    if may_leave and HAS_TRITON_SCAN and values_BTHP.is_cuda:
         return triton_scan(
             values_BTHP, steps_BTH, poles_H, write_BTGN, read_BTGN, starts_BT=starts_BT, state_BHNP=state_BHNP
         )

@@ -12,10 +12,10 @@ Poles are negative, so every decay is at most 1: decays are exponentials of sums
 token must not see is masked before the exponential. The sums are differences of running sums; those are taken in
 float64, or a short decay after a long one would have lost its digits. Products run in the values' own precision.
 
-Memory on the way, of which nothing outlives the call when the caller checkpoints it: per token H * Q numbers for the
-decayed scores and H * N * P / Q for the states. At Q = N = P both are as large as the values, so the default chunk is
-as long as a head is wide. A long sequence goes by spans of SPAN_CHUNKS chunks, each from the state that the one
-before left.
+Memory on the way, none of which outlives the call when the caller computes it again (models/recompute.py): per token H *
+Q numbers for the decayed scores and H * N * P / Q for the states. At Q = N = P both are as large as the values, so the
+default chunk is as long as a head is wide. Compiled, they are in the values' precision; the decays, float32, are never
+written. A long sequence goes by spans of SPAN_CHUNKS chunks, each from the state that the one before left.
 
 Shapes: B sequences, T tokens, C chunks of Q tokens, H heads, P width of a head, G groups of J heads that share `write`
 and `read`, N size of a state.
