@@ -3,7 +3,7 @@
     python benchmarks/resonate_throughput.py [--architecture resonate] [--tokens 8192] [--steps 5]
 
 A step is forward, backward, clipping and AdamW over the same number of tokens, whatever the length of a sequence.
-Blocks are compiled, attention is the fastest that torch has, weights are float32 and products bfloat16 on CUDA; on a CPU
+Blocks are compiled, attention is the fastest that torch has, weights are float32 and products bfloat16 on CUDA; on CPUs
 models are small and float32. Every architecture holds what autograd holds; Resonate's mixers, and Mamba-2's, compute
 again what lies between their two projections, the Transformer's attention its scores, nobody anything else. Activations
 are the peak of a step over what is there between steps. A kind that fails is named, and the exit status is 1.
