@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pylon_trainer.models.resonate import long_convolution as module
+from pylon_trainer.models.resonate import scan
 from pylon_trainer.models.resonate.long_convolution import long_convolution
 
 SEQUENCES, TOKENS, HEADS, WIDTH, EXPONENTIALS = 2, 37, 3, 4, 5
@@ -17,7 +17,7 @@ SEQUENCES, TOKENS, HEADS, WIDTH, EXPONENTIALS = 2, 37, 3, 4, 5
 def test_equals_the_sum_over_the_past(
     documents: bool, chunk_tokens: int, span_chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SPAN_CHUNKS", span_chunks)
+    monkeypatch.setattr(scan, "SPAN_CHUNKS", span_chunks)
     torch.manual_seed(0)
     values = torch.randn(SEQUENCES, TOKENS, HEADS * WIDTH)
     exponents, gains = torch.rand(EXPONENTIALS), torch.randn(HEADS, EXPONENTIALS)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pylon_api.training import ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Memory
 from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer, gated_norm
-from pylon_trainer.models.resonate.scan import SPAN_CHUNKS, Borders, carry, chunks_of, where
+from pylon_trainer.models.resonate.scan import Borders, by_spans, carry, chunks_of, where
 
 LONGEST_TOKENS = 4096.0
 """The slowest exponential falls to 1/e in so many tokens at first, the fastest in one; the others lie between, evenly
@@ -74,21 +74,11 @@ def long_convolution(
 ) -> tuple[Tensor, Tensor]:
     """y_t = sum over n and over s <= t in its document of gains_n * exp(-exponents_n * (t - s)) * values_s, and the
     state after the last token, float32; state_BN1F: of the tokens before, None is zero."""
-    span = SPAN_CHUNKS * chunk_tokens
-    outputs = []
-    for first in range(0, values_BTF.shape[1], span):
-        part = slice(first, first + span)
-        y_BTF, state_BN1F = _convolve_span(
-            values_BTF[:, part],
-            exponents_N,
-            gains_HN,
-            chunk_tokens,
-            None if starts_BT is None else starts_BT[:, part] - first,
-            state_BN1F,
-        )
-        outputs.append(y_BTF)
-    assert state_BN1F is not None, "a sequence has a token"
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state_BN1F
+
+    def convolve_span(state: Tensor | None, starts: Tensor | None, values: Tensor) -> tuple[Tensor, Tensor]:
+        return _convolve_span(values, exponents_N, gains_HN, chunk_tokens, starts, state)
+
+    return by_spans(convolve_span, chunk_tokens, state_BN1F, starts_BT, values_BTF)
 
 
 def _convolve_span(

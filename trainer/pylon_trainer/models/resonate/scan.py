@@ -12,10 +12,10 @@ Poles are negative, so every decay is at most 1: decays are exponentials of sums
 token must not see is masked before the exponential. The sums are differences of running sums; those are taken in
 float64, or a short decay after a long one would have lost its digits. Products run in the values' own precision.
 
-Memory on the way, none of which outlives the call when the caller computes it again (models/recompute.py): per token H *
-Q numbers for the decayed scores and H * N * P / Q for the states. At Q = N = P both are as large as the values, so the
-default chunk is as long as a head is wide. Compiled, they are in the values' precision; the decays, float32, are never
-written. A long sequence goes by spans of SPAN_CHUNKS chunks, each from the state that the one before left.
+Memory on the way, none of which outlives the call when the caller computes it again (models/recompute.py): per token
+H * Q numbers for the decayed scores and H * N * P / Q for the states. At Q = N = P both are as large as the values, so
+the default chunk is as long as a head is wide. Compiled, they are in the values' precision; the decays, float32, are
+never written. A long sequence goes by spans of SPAN_CHUNKS chunks, each from the state that the one before left.
 
 Shapes: B sequences, T tokens, C chunks of Q tokens, H heads, P width of a head, G groups of J heads that share `write`
 and `read`, N size of a state.
@@ -23,6 +23,7 @@ and `read`, N size of a state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,23 +50,33 @@ def chunked_scan(
     steps_BTH: float32, positive. poles_H: float32, negative. starts_BT: first place of each token's document, where
     the state begins at zero; None: the state runs on. state_BHNP: of the tokens before; None is zero. Any T.
     """
-    span = SPAN_CHUNKS * chunk_tokens
-    outputs = []
-    for first in range(0, values_BTHP.shape[1], span):
+
+    def scan_span(state: Tensor | None, starts: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        values, steps, write, read = parts
+        return _scan_span(values, steps, poles_H, write, read, chunk_tokens, starts, state)
+
+    return by_spans(scan_span, chunk_tokens, state_BHNP, starts_BT, values_BTHP, steps_BTH, write_BTGN, read_BTGN)
+
+
+def by_spans(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    chunk_tokens: int,
+    state: Tensor | None,
+    starts_BT: Tensor | None,
+    *inputs_BT: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """run(state, starts, *inputs) -> (outputs, state) on spans of SPAN_CHUNKS chunks, one after the other."""
+    tokens, span = inputs_BT[0].shape[1], SPAN_CHUNKS * chunk_tokens
+    if tokens <= span:  # without slices of everything, which mislead the compiler's partition of a checkpointed graph
+        return run(state, starts_BT, *inputs_BT)
+    outputs_BT = []
+    for first in range(0, tokens, span):
         part = slice(first, first + span)
-        y_BTHP, state_BHNP = _scan_span(
-            values_BTHP[:, part],
-            steps_BTH[:, part],
-            poles_H,
-            write_BTGN[:, part],
-            read_BTGN[:, part],
-            chunk_tokens,
-            None if starts_BT is None else starts_BT[:, part] - first,
-            state_BHNP,
-        )
-        outputs.append(y_BTHP)
-    assert state_BHNP is not None, "a sequence has a token"
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state_BHNP
+        starts = None if starts_BT is None else starts_BT[:, part] - first
+        y_BT, state = run(state, starts, *(x_BT[:, part] for x_BT in inputs_BT))
+        outputs_BT.append(y_BT)
+    assert state is not None, "there is a span"
+    return torch.cat(outputs_BT, 1), state
 
 
 def _scan_span(
