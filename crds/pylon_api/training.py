@@ -43,13 +43,47 @@ Count = Annotated[int, Field(ge=1, le=2**53)]
 
 class Architecture(enum.StrEnum):
     TRANSFORMER = "Transformer"
+    RESONATE = "Resonate"
+
+
+class ScanKernel(enum.StrEnum):
+    AUTO = "Auto"
+    PYTORCH = "PyTorch"
+
+
+class ResonateSpec(Spec):
+    """What the Resonate architecture has of its own. Every field can be left alone."""
+
+    state_size: int = Field(default=64, ge=1, le=256)
+    """Numbers that a head remembers per channel: more recall, more memory traffic. 64 and 128 suit GPUs."""
+    head_width: int = Field(default=64, ge=1, le=256)
+    """Channels that share a pole. expand x hiddenSize must be divisible by it."""
+    expand: int = Field(default=2, ge=1, le=8)
+    """Channels of the state-space layer per unit of hiddenSize."""
+    conv_width: int = Field(default=4, ge=1, le=16)
+    """Tokens that the short causal convolution before the scan weighs, the last of them the token itself; with 1 no
+    token is weighed but that."""
+    groups: int = Field(default=1, ge=1, le=256)
+    """Sets of input and output maps of the state; the heads must be divisible by it."""
+    chunk_tokens: int = Field(default=64, ge=1, le=1024)
+    """Tokens that the scan takes at a time as one product of matrices. It changes speed and memory, not results."""
+    attention_every: int = Field(default=0, ge=0, le=1024)
+    """Every so many blocks one attends instead of scanning: 8 makes blocks 8, 16, ... attention, which restores exact
+    recall at a cost that grows with the sequence. 0 has none."""
+    long_convolution_every: int = Field(default=0, ge=0, le=1024)
+    """Every so many blocks one convolves over the whole past with a learnt filter that does not depend on the tokens,
+    instead of scanning; where attentionEvery falls on the same block, it attends. 1 makes all blocks so, 0 none."""
+    scan_kernel: ScanKernel = ScanKernel.AUTO
+    """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
+    compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
 
 
 class ModelSpec(Spec):
     """The network. Defaults are the quickstart's: a byte-level Transformer that trains on two CPU cores."""
 
     architecture: Architecture = Architecture.TRANSFORMER
-    """Transformer: pre-norm decoder with RoPE, SwiGLU, grouped-query attention and RMSNorm."""
+    """Transformer: pre-norm decoder with RoPE, SwiGLU, grouped-query attention and RMSNorm. Resonate: the same with a
+    state-space scan (Mamba-2) where the Transformer attends; its work per token does not grow with the sequence."""
     layers: int = Field(default=4, ge=1, le=1024)
     """Number of blocks."""
     hidden_size: int = Field(default=128, ge=8, le=65536)
@@ -72,11 +106,32 @@ class ModelSpec(Spec):
     """Epsilon inside RMSNorm."""
     initializer_std: float = Field(default=0.02, gt=0, le=1)
     """Standard deviation of the normal initialisation of matrices."""
+    resonate: ResonateSpec | None = None
+    """Details of the Resonate architecture, and only of it. Unset: their defaults."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("self.hiddenSize % (self.heads * 2) == 0", "hiddenSize must be divisible by 2 x heads"),
             rule("!has(self.kvHeads) || self.heads % self.kvHeads == 0", "heads must be divisible by kvHeads"),
+            rule(
+                "!has(self.resonate) || self.architecture == 'Resonate'",
+                "resonate goes with architecture Resonate, and only with it",
+            ),
+            rule(
+                "has(self.resonate) ? self.hiddenSize * self.resonate.expand % self.resonate.headWidth == 0"
+                " : self.architecture != 'Resonate' || self.hiddenSize % 32 == 0",
+                "hiddenSize x resonate.expand must be divisible by resonate.headWidth",
+            ),
+            rule(
+                "!has(self.resonate) || self.hiddenSize * self.resonate.expand"
+                " % (self.resonate.headWidth * self.resonate.groups) == 0",
+                "the heads (hiddenSize x resonate.expand / resonate.headWidth) must be divisible by resonate.groups",
+            ),
+            rule(
+                "!has(self.resonate) || (self.resonate.attentionEvery <= self.layers"
+                " && self.resonate.longConvolutionEvery <= self.layers)",
+                "resonate.attentionEvery and resonate.longConvolutionEvery must not exceed layers",
+            ),
         )
     )
 
@@ -86,6 +141,32 @@ class ModelSpec(Spec):
             raise ValueError(f"hiddenSize {self.hidden_size} must be divisible by 2 x heads ({2 * self.heads})")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be divisible by kvHeads {self.kv_heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _resonate_fits(self) -> Self:
+        if self.architecture is not Architecture.RESONATE:
+            if self.resonate is not None:
+                raise ValueError(f"resonate goes with architecture Resonate, not {self.architecture}")
+            return self
+        own = self.resonate or ResonateSpec()
+        channels = self.hidden_size * own.expand
+        if channels % own.head_width:
+            raise ValueError(
+                f"hiddenSize {self.hidden_size} x resonate.expand {own.expand} must be divisible by "
+                f"resonate.headWidth {own.head_width}"
+            )
+        if channels // own.head_width % own.groups:
+            raise ValueError(
+                f"the {channels // own.head_width} heads (hiddenSize x resonate.expand / resonate.headWidth) must be "
+                f"divisible by resonate.groups {own.groups}"
+            )
+        for name, every in (
+            ("attentionEvery", own.attention_every),
+            ("longConvolutionEvery", own.long_convolution_every),
+        ):
+            if every > self.layers:
+                raise ValueError(f"resonate.{name} {every} must not exceed layers {self.layers}; 0 switches it off")
         return self
 
 
@@ -535,7 +616,8 @@ class ExportSpec(Spec):
     """What is left when training has ended."""
 
     format: ExportFormat = ExportFormat.OFF
-    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer. Disabled: nothing."""
+    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer; needs architecture
+    Transformer. Disabled: nothing."""
     uri: Uri | None = None
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
@@ -583,6 +665,11 @@ class TrainingSpec(Spec):
                 " || self.gating.routerLayers <= self.model.layers",
                 "gating.routerLayers must not exceed model.layers",
             ),
+            rule(
+                "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
+                " || self.model.architecture == 'Transformer'",
+                "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
+            ),
         )
     )
 
@@ -590,6 +677,16 @@ class TrainingSpec(Spec):
     def _export_has_a_place(self) -> Self:
         if self.export.format is not ExportFormat.OFF and not (self.export.uri or self.checkpoint):
             raise ValueError("export needs export.uri or checkpoint.uri to know where to write")
+        return self
+
+    @model_validator(mode="after")
+    def _export_has_a_form(self) -> Self:
+        architecture = self.model.architecture
+        if self.export.format is not ExportFormat.OFF and architecture is not Architecture.TRANSFORMER:
+            raise ValueError(
+                f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
+                f"the format has no form for it; set Disabled and use the checkpoint"
+            )
         return self
 
     @model_validator(mode="after")

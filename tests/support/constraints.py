@@ -90,6 +90,20 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
     "spec.training.model.heads": {"spec.training.model.hiddenSize": 65536},
     "spec.training.model.hiddenSize": {"spec.training.model.heads": 1},
     "spec.training.model.kvHeads": {"spec.training.model.heads": 1024, "spec.training.model.hiddenSize": 65536},
+    **{
+        f"spec.training.model.resonate.{field}": {"spec.training.model.architecture": "Resonate"} | beside
+        for field, beside in {
+            "stateSize": {},
+            "headWidth": {},
+            "expand": {},
+            "convWidth": {},
+            "groups": {"spec.training.model.resonate.headWidth": 1},
+            "chunkTokens": {},
+            "attentionEvery": {"spec.training.model.layers": 1024},
+            "longConvolutionEvery": {"spec.training.model.layers": 1024},
+            "scanKernel": {},
+        }.items()
+    },
     "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
     "spec.training.gating.routerLayers": {
         "spec.training.gating.granularity": "Sequence",
@@ -236,6 +250,37 @@ RULE_CASES = [
     Case("hiddenSize over heads is odd", {f"{TRAINING}.model": {"hiddenSize": 12, "heads": 4}}, "by 2 x heads"),
     Case("grouped heads", {f"{TRAINING}.model": {"heads": 4, "kvHeads": 2}}),
     Case("grouped heads do not split", {f"{TRAINING}.model": {"heads": 4, "kvHeads": 3}}, "divisible by kvHeads"),
+    Case("Resonate as it is", {f"{TRAINING}.model": {"architecture": "Resonate"}}),
+    Case(
+        "Resonate in small",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "hiddenSize": 24, "resonate": {"headWidth": 16}}},
+    ),
+    Case("details of another architecture", {f"{TRAINING}.model": {"resonate": {}}}, "goes with architecture Resonate"),
+    Case(
+        "channels that do not split into the default heads",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "hiddenSize": 40}},
+        "must be divisible by resonate.headWidth",
+    ),
+    Case(
+        "channels that do not split into heads",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"headWidth": 48}}},
+        "must be divisible by resonate.headWidth",
+    ),
+    Case(
+        "heads that do not split into groups",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"groups": 3}}},
+        "divisible by resonate.groups",
+    ),
+    Case(
+        "attention above the model",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "layers": 4, "resonate": {"attentionEvery": 5}}},
+        "must not exceed layers",
+    ),
+    Case(
+        "an export that has no form",
+        {f"{TRAINING}.model": {"architecture": "Resonate"}, f"{TRAINING}.export": {"format": "HuggingFace"}},
+        "needs model.architecture Transformer",
+    ),
     Case("bytes", {TOKENIZER: {"kind": "Bytes"}}),
     Case("bytes with a uri", {TOKENIZER: {"kind": "Bytes", "uri": "t.json"}}, "uri goes with kind File"),
     Case("a uri alone", {TOKENIZER: {"uri": "t.json"}}, "uri goes with kind File"),

@@ -15,9 +15,9 @@ from pylon_trainer.gating.engine import Engine, HeadOnly
 from pylon_trainer.gating.gradients import accumulate
 from pylon_trainer.gating.single_pass import SinglePass
 from pylon_trainer.gating.two_pass import TwoPass
-from pylon_trainer.models import Transformer, build_model
-from pylon_trainer.models.context import Context
-from pylon_trainer.models.transformer import Block
+from pylon_trainer.models import Decoder, build_model
+from pylon_trainer.models.context import Context, Mixer
+from pylon_trainer.models.decoder import Block
 from pylon_trainer.step import Batch
 
 VOCABULARY = 37
@@ -36,8 +36,14 @@ ENGINES = [
 ]
 ROW_ENGINES = ENGINES[1:]
 
+RESONATE = {
+    "architecture": "Resonate",
+    "resonate": {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 2, "attentionEvery": 3},
+}
+"""A model with every kind of block."""
 
-def model_of(**fields: object) -> Transformer:
+
+def model_of(**fields: object) -> Decoder:
     """A tiny model with weights large enough that a mistake shows."""
     torch.manual_seed(0)
     spec = {"layers": 3, "hidden_size": WIDTH, "heads": 2, "intermediate_size": 48, "initializer_std": 0.2}
@@ -67,7 +73,7 @@ def autocast(enabled: bool, device: str = "cpu") -> contextlib.AbstractContextMa
 
 def engine_of(
     name: str,
-    model: Transformer,
+    model: Decoder,
     *,
     bfloat16: bool = False,
     backend: str | Callable[..., Any] | None = None,
@@ -98,7 +104,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def run(
-    engine: Engine, model: Transformer, batch: Batch, rows: Sequence[int], depth: Depth | None = None
+    engine: Engine, model: Decoder, batch: Batch, rows: Sequence[int], depth: Depth | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Hidden states and gradients of an engine, for one gradient at the rows."""
     model.zero_grad()
@@ -111,7 +117,7 @@ def run(
 
 
 def reference(
-    model: Transformer,
+    model: Decoder,
     batch: Batch,
     rows: Sequence[int],
     kv_gradient: KvGradient | None,
@@ -126,7 +132,7 @@ def reference(
 
 
 def cut_hidden(
-    model: Transformer,
+    model: Decoder,
     batch: Batch,
     rows: Sequence[int],
     kv_gradient: KvGradient | None,
@@ -141,13 +147,19 @@ def cut_hidden(
         return x_BTD if kv_gradient is None else x_BTD.detach() + weights_BT1 * (x_BTD - x_BTD.detach())
 
     def through(block: Block, x_BTD: Tensor, context: Context, weights_BT1: Tensor) -> Tensor:
-        k, v = block.keys_values(x_BTD, context)
+        offered = block.offers(x_BTD, context)
         if kv_gradient is TRUNCATED:
-            k, v = (torch.where((weights_BT1 > 0).unsqueeze(1), x, x.detach()) for x in (k, v))
+            chosen_BT1 = weights_BT1 > 0
+            offered = tuple(
+                torch.where(chosen_BT1.unsqueeze(1) if x.ndim == 4 else chosen_BT1, x, x.detach()) for x in offered
+            )
 
         class Cut(Context):
             def attend(self, q: Tensor, *_: Tensor) -> Tensor:
-                return context.attend(q, k, v)
+                return context.attend(q, *offered)
+
+            def mix(self, mixer: Mixer, _: Tensor) -> Tensor:
+                return context.mix(mixer, *offered)
 
         return block(x_BTD, Cut(context.places, context.cos, context.sin, context.starts_BT, context.mask))
 

@@ -12,18 +12,22 @@ import transformers
 from pylon_api.training import ModelSpec
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.data.tokenizer import ByteTokenizer
-from pylon_trainer.errors import StorageError
+from pylon_trainer.errors import ConfigError, StorageError
 from pylon_trainer.export import export_hugging_face
-from pylon_trainer.models import Transformer, build_model
+from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.sampling import generate
 
 TEXT = "def grüße():\n    return 🎉"
 
 
-def model_of(**fields: object) -> Transformer:
+def model_of(**fields: object) -> Decoder:
     torch.manual_seed(0)
     spec = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48, "initializer_std": 0.2}
     return build_model(ModelSpec.model_validate(spec | fields), vocab_size=257)
+
+
+def resonate_of(**own: int) -> Decoder:
+    return model_of(architecture="Resonate", resonate={"head_width": 16, "state_size": 8} | own)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,22 @@ def test_a_failed_export_leaves_nothing(failing: str, monkeypatch: pytest.Monkey
     with pytest.raises(StorageError, match="no space left"):
         export_hugging_face(model_of(), ByteTokenizer(), uri, sequence_length=64)
     assert fsspec.filesystem("memory").find(f"/exports/{failing}") == []
+
+
+def test_a_model_that_the_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Resonate"):
+        export_hugging_face(resonate_of(), ByteTokenizer(), f"{tmp_path}/export", sequence_length=64)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("attention_every", [0, 2])
+def test_a_recurrent_model_samples_as_if_it_read_everything_anew(attention_every: int) -> None:
+    model, tokenizer = resonate_of(attention_every=attention_every), ByteTokenizer()
+    text = generate(model, tokenizer, "x", 5, seed=0, sequence_length=64, temperature=0)
+    ids = [256, ord("x")]
+    for _ in range(5):
+        ids.append(int(model.head(model(torch.tensor([ids]))[0, -1])[:257].argmax()))
+    assert text == "x" + tokenizer.decode(ids[2:])
 
 
 def test_samples_follow_from_the_seed() -> None:

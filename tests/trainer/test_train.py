@@ -101,6 +101,35 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
     "gating",
     [
         {},
+        {"engine": "SinglePass"},
+        {"engine": "TwoPass", "rowActivations": "Recompute", "depthBuckets": 2},
+        {"granularity": "Sequence"},
+    ],
+)
+def test_resonate_trains_with_every_gate(gating: dict[str, Any], tmp_path: Path, make_config: MakeConfig) -> None:
+    own = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "attentionEvery": 3, "longConvolutionEvery": 2}
+    fixed = {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.5} | gating
+    exit_code, pod = run_pod(
+        tmp_path,
+        make_config(
+            model={"architecture": "Resonate", "layers": 3, "resonate": own},
+            data={"packing": "Isolated"},
+            schedule={"steps": 30},
+            gating=fixed if gating else {},
+            evaluation={"samplePrompt": "Document ", "sampleTokens": 5},
+        ),
+    )
+    assert exit_code == 0, pod.log
+    losses = {step: float(loss) for step, loss in pod.values("loss").items()}
+    assert losses[30] < losses[1] - 0.5
+    assert pod.final.sample is not None
+    assert pod.final.sample.startswith("Document ")
+
+
+@pytest.mark.parametrize(
+    "gating",
+    [
+        {},
         {"strategy": "GradientNorm", "ratioControl": "Fixed"},
         {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6},
     ],

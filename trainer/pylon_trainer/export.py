@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.data.tokenizer import Tokenizer
-from pylon_trainer.models import Transformer
+from pylon_trainer.errors import ConfigError
+from pylon_trainer.models import Decoder, Transformer
 from pylon_trainer.models.transformer import intermediate_size
 
 BLOCK_NAMES = {
@@ -32,12 +33,17 @@ BLOCK_NAMES = {
 """Our name of each module in a block, and Llama's."""
 
 
-def export_hugging_face(model: Transformer, tokenizer: Tokenizer, uri: str, *, sequence_length: int) -> None:
+def export_hugging_face(model: Decoder, tokenizer: Tokenizer, uri: str, *, sequence_length: int) -> None:
     """Write the model and its tokenizer to a directory of any store.
 
     config.json comes last and goes first, so that a directory that holds one is complete; a failed export removes what
     it wrote. Raises ConfigError or StorageError.
     """
+    if not isinstance(model, Transformer):
+        raise ConfigError(
+            f"training.export.format: HuggingFace has no form for architecture {model.spec.architecture}; "
+            f"set Disabled and use the checkpoint"
+        )
     files = {
         "model.safetensors": safetensors.torch.save(llama_weights(model), metadata={"format": "pt"}),
         "tokenizer.json": tokenizer.to_json().encode(),

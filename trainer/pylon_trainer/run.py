@@ -13,7 +13,7 @@ from pylon_trainer.consensus import Exchange
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
-from pylon_trainer.models import Transformer, build_model
+from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.optim.adamw import AdamW, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
@@ -39,7 +39,7 @@ class Run:
     config: RunConfig
     world: World
     data: TrainingData
-    model: Transformer
+    model: Decoder
     training_step: TrainingStep
     parameters: dict[str, torch.nn.Parameter]
     optimizer: AdamW

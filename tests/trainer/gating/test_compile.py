@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import assert_same, batch_of, depth_of, engine_of, model_of, run
+from engines import RESONATE, assert_same, batch_of, depth_of, engine_of, model_of, run
 
 RATIOS = [7, 13, 20, 39]
 """Numbers of rows, of 39. Fewer leave one row to a tile, and a size of one is always compiled apart."""
@@ -60,6 +60,18 @@ def test_a_ladder_of_ratios_compiles_once(name: str) -> None:
     # The block for all tokens; for rows, with a graph or (first, when they are recomputed) without; keys and values.
     pieces = 2 + (name == "TwoPass-Truncated-Recompute") + ("Dense" in name)
     assert graphs == [pieces] * len(graphs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SinglePass-Dense-Recompute", "TwoPass-Truncated-Recompute"])
+def test_mixers_compile_once_as_well(name: str) -> None:
+    resonate = RESONATE | {"resonate": {"stateSize": 8, "headWidth": 16, "chunkTokens": 4}}
+    model, batch, backend = model_of(layers=BLOCKS, **resonate), batch_of(isolated=True), Counting()
+    compiled, eager = (engine_of(name, model, backend=chosen) for chosen in (backend, None))
+    for rows in RATIOS[1:3]:
+        chosen = list(range(39))[:: 39 // rows][:rows]
+        assert_same(run(compiled, model, batch, chosen)[1], run(eager, model, batch, chosen)[1], 1e-5)
+        assert backend.graphs == 3
 
 
 @pytest.mark.slow

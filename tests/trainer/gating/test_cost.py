@@ -39,8 +39,14 @@ def counted_flops(spec: ModelSpec, gating: GatingSpec) -> int:
     return flops(lambda: step.forward_backward(batch, global_tokens=tokens_BT.numel(), step=1))
 
 
+RESONATE = {
+    "architecture": "Resonate",
+    "resonate": {"stateSize": 16, "headWidth": 32, "chunkTokens": 8, "longConvolutionEvery": 2, "attentionEvery": 4},
+}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("model", "ratio"), MODELS)
+@pytest.mark.parametrize(("model", "ratio"), [*MODELS, (RESONATE, 0.25)])
 def test_saved_flops_are_those_that_are_counted(
     model: dict[str, object], engine: dict[str, object], ratio: float
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from engines import (
     DENSE,
     ENGINES,
+    RESONATE,
     ROW_ENGINES,
     TRUNCATED,
     assert_same,
@@ -32,6 +33,7 @@ MODELS = {
     "grouped": {"heads": 4, "kv_heads": 2},
     "untied": {"tie_embeddings": False},
     "factorised": {"embedding_rank": 8},
+    "resonate": RESONATE,
 }
 ROWS = {
     "all": list(range(TOKENS)),
@@ -62,6 +64,13 @@ def test_any_rows(rows: list[int], name: str, isolated: bool) -> None:
     model, batch = model_of(heads=4, kv_heads=2), batch_of(isolated=isolated)
     _, actual = run(engine_of(name, model), model, batch, rows)
     assert_same(actual, reference(model, batch, rows, kv_gradient_of(name))[1], 1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_states_begin_anew_with_each_document_for_rows_too(name: str) -> None:
+    model, batch = model_of(**RESONATE), batch_of(isolated=True)
+    _, actual = run(engine_of(name, model), model, batch, ROWS["uneven"])
+    assert_same(actual, reference(model, batch, ROWS["uneven"], kv_gradient_of(name))[1], 1e-5)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -8,13 +8,13 @@ from pylon_api.training import Compile, GatingGranularity, GatingSelection, Gati
 from pylon_trainer.gating.replay import Replay, run_at_once
 from pylon_trainer.gating.sequence import SequenceStep
 from pylon_trainer.gating.step import GatedStep, PlainStep
-from pylon_trainer.models import Transformer
+from pylon_trainer.models import Decoder
 from pylon_trainer.step import TrainingStep
 
 __all__ = ["build_step"]
 
 
-def build_step(model: Transformer, training: TrainingSpec, device: torch.device) -> TrainingStep:
+def build_step(model: Decoder, training: TrainingSpec, device: torch.device) -> TrainingStep:
     """The step that `training` asks for, around a model that is already on `device`.
 
     Autocast and compilation of the blocks are the step's own business; the caller need not wrap anything.

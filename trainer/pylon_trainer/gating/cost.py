@@ -6,13 +6,28 @@ chosen ones run again with a backward pass. Blocks cost 3 with HeadOnly, and wha
 where depth tiers let fewer rows reach the lower blocks and a dense gradient of keys and values adds a backward pass of
 their projections over all rows, after a second forward pass where nothing was kept. With Sequence granularity a share
 of the sequences costs all, after a router has run a few blocks and the head forward over each.
+
+A mixer (models/context.py) runs over all tokens whatever the rows, and again on the way back.
 """
 
 from __future__ import annotations
 
-from pylon_api.training import GatingEngine, GatingGranularity, GatingSpec, KvGradient, ModelSpec, RowActivations
+import math
+from typing import NamedTuple
+
+from pylon_api.training import (
+    GatingEngine,
+    GatingGranularity,
+    GatingSpec,
+    KvGradient,
+    ModelSpec,
+    ResonateSpec,
+    RowActivations,
+)
 from pylon_trainer.gating.depth import blocks_over
 from pylon_trainer.gating.router import router_layers
+from pylon_trainer.models.resonate.model import Kind, kind_of
+from pylon_trainer.models.resonate.scan import SPAN_CHUNKS
 from pylon_trainer.models.transformer import intermediate_size
 
 
@@ -21,27 +36,59 @@ def saved_flops_ratio(
 ) -> float:
     """Share of a plain step's operations that a gated step at `ratio` spares; negative when it costs more."""
     width = model.hidden_size
-    kv = 4 * width * (model.kv_heads or model.heads) * (width // model.heads)
-    linears = model.layers * (4 * width**2 + kv + 6 * width * intermediate_size(model))
-    attention = model.layers * 2 * width * sequence_length  # a token sees half the sequence
+    costs = [_block(model, number, sequence_length) for number in range(model.layers)]
+    linears, offers, attention, mixing = map(float, map(sum, zip(*costs, strict=True)))
     rank = model.embedding_rank
     head = 2 * (vocab_size * (rank or width) + rank * width)
 
-    plain = 3 * (linears + attention + head)
+    plain = 3 * (linears + attention + head) + 4 * mixing
     if gating.granularity is GatingGranularity.SEQUENCE:
-        router = router_layers(gating, model.layers) / model.layers * (linears + attention) + head
+        lowest = costs[: router_layers(gating, model.layers)]
+        router = sum(cost.linears + cost.attention + cost.mixing for cost in lowest) + head
         return 1 - ratio - router / plain
     gated = (1 + 3 * ratio) * head
     if gating.engine is GatingEngine.HEAD_ONLY:
-        gated += 3 * (linears + attention)
+        gated += 3 * (linears + attention) + 4 * mixing
     else:
         reached = ratio * _reach(model.layers, gating)
         again = (gating.engine is GatingEngine.TWO_PASS) + (gating.row_activations is RowActivations.RECOMPUTE)
         # Kept linear outputs spare a second run of the linear layers alone, so attention runs twice at least.
         gated += (1 + (2 + again) * reached) * linears + (1 + (2 + max(again, 1)) * reached) * attention
+        is_third_pass = gating.engine is GatingEngine.TWO_PASS and gating.row_activations is RowActivations.RECOMPUTE
+        gated += (5 + is_third_pass) * mixing
         if gating.kv_gradient is KvGradient.DENSE:
-            gated += (2 + (gating.row_activations is RowActivations.RECOMPUTE)) * model.layers * kv
+            gated += (2 + (gating.row_activations is RowActivations.RECOMPUTE)) * offers
     return 1 - gated / plain
+
+
+class _Block(NamedTuple):
+    """Operations of a block's forward pass, per token."""
+
+    linears: float
+    offers: float
+    """Of the linear layers, those whose outputs tokens offer to later ones."""
+    attention: float
+    mixing: float
+
+
+def _block(model: ModelSpec, number: int, sequence_length: int) -> _Block:
+    width = model.hidden_size
+    mlp = 6 * width * intermediate_size(model)
+    kind = kind_of(model, number)
+    if kind is Kind.ATTENTION:
+        kv = 4 * width * (model.kv_heads or model.heads) * (width // model.heads)
+        return _Block(4 * width**2 + kv + mlp, kv, 2 * width * sequence_length, 0)  # a token sees half the sequence
+    own = model.resonate or ResonateSpec()
+    inner = own.expand * width
+    length = min(own.chunk_tokens, sequence_length)
+    chunks = min(math.ceil(sequence_length / length), SPAN_CHUNKS) + 1
+    # Within a chunk; what it adds to the state and reads of it; the states of the chunks before.
+    mixing = 2 * inner * (length + 2 * own.state_size + chunks * own.state_size / length)
+    projected = 2 * inner
+    if kind is Kind.SCAN:
+        projected += 2 * own.groups * own.state_size + inner // own.head_width
+        mixing += 2 * length * own.groups * own.state_size  # scores
+    return _Block(2 * width * (projected + inner) + mlp, 2 * width * projected, 0, mixing)
 
 
 def _reach(layers: int, gating: GatingSpec) -> float:

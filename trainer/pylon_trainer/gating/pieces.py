@@ -27,8 +27,8 @@ Backend = str | Callable[..., Any] | None
 class Kept(NamedTuple):
     """What the forward pass of a block leaves for the way back."""
 
-    k_BJTE: Tensor
-    v_BJTE: Tensor
+    offered: tuple[Tensor, ...]
+    """What its tokens offer to later ones."""
     products: list[Product]
     """Of its linear layers in the order of their calls; empty when the rows are to be recomputed."""
 
@@ -39,7 +39,7 @@ class Pieces:
     def __init__(self, backend: Backend) -> None:
         self._is_compiled = backend is not None
         self.run = _compiled(_run, backend)
-        self.keys_values = _compiled(_keys_values, backend)
+        self.offers = _compiled(_offers, backend)
         self._run_rows = _compiled(_run_rows, backend)
 
     def run_rows(self, block: Block, x_1KD: Tensor, rows: Rows, kept: Kept, precision: torch.dtype | None) -> Tensor:
@@ -57,21 +57,20 @@ def _run(
     """The block's output for all tokens, B x T x D."""
     keeping = KeepingContext.like(context, precision, keeps_products)
     y_BTD = block(x_BTD, keeping)
-    k_BJTE, v_BJTE = keeping.keys_values
-    return y_BTD, Kept(k_BJTE, v_BJTE, keeping.products)
+    return y_BTD, Kept(tuple(keeping.offered), keeping.products)
 
 
 def _run_rows(block: Block, x_1KD: Tensor, rows: Rows, kept: Kept, precision: torch.dtype | None) -> Tensor:
-    return block(x_1KD, RowContext.at(rows, kept.k_BJTE, kept.v_BJTE, precision, kept.products))
+    return block(x_1KD, RowContext.at(rows, kept.offered, precision, kept.products))
 
 
-def _keys_values(
+def _offers(
     block: Block, x_BTD: Tensor, context: Context, kept: Kept, precision: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of all tokens, each B x J x T x E, with gradients."""
+) -> tuple[Tensor, ...]:
+    """What all tokens offer, with gradients."""
     # Copies: what a compiled function returns as a view of an argument has that argument's history, here none.
     known = [Product(output_BTD.clone(), weight) for output_BTD, weight in kept.products]
-    return block.keys_values(x_BTD, RecallingContext.like(context, precision, known))
+    return block.offers(x_BTD, RecallingContext.like(context, precision, known))
 
 
 def _compiled(piece: Piece, backend: Backend) -> Piece:

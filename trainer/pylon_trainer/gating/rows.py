@@ -14,7 +14,8 @@ from torch import Tensor
 from pylon_trainer.gating.recall import Product, multiply, recall
 from pylon_trainer.gating.tiles import Tiles
 from pylon_trainer.kernels.attention import Layout, attend_rows
-from pylon_trainer.models.context import Context, Linear
+from pylon_trainer.models.context import Context, Linear, Mixer
+from pylon_trainer.models.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Rows:
     """Their places within their documents."""
     starts_K: Tensor | None
     """First place of its sequence that each may see; None is 0."""
+    starts_BT: Tensor | None
+    """The same of all tokens."""
     cos_KE: Tensor
     sin_KE: Tensor
     sequences: int
@@ -47,6 +50,7 @@ class Rows:
             tokens_BT.flatten()[rows_K],
             context.places.flatten()[in_context_K],
             starts_K,
+            context.starts_BT,
             context.cos.flatten(0, -2)[in_context_K],
             context.sin.flatten(0, -2)[in_context_K],
             sequences,
@@ -62,6 +66,7 @@ class Rows:
             self.tokens_K[kept_R],
             self.places_K[kept_R],
             starts_R,
+            self.starts_BT,
             self.cos_KE[kept_R],
             self.sin_KE[kept_R],
             self.sequences,
@@ -90,12 +95,12 @@ def lay_out(rows_K: Tensor, starts_K: Tensor | None, sequences: int, tokens: int
 
 @dataclass(frozen=True)
 class KeepingContext(Context):
-    """The plain context, which keeps the keys and values that it saw and, if asked, the products."""
+    """The plain context, which keeps what tokens offered to later ones and, if asked, the products."""
 
     precision: torch.dtype | None
     """Of the products; None: that of the weights."""
     keeps_products: bool
-    keys_values: list[Tensor] = field(default_factory=list)
+    offered: list[Tensor] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
 
     @classmethod
@@ -111,8 +116,13 @@ class KeepingContext(Context):
 
     def attend(self, q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:
         """As Context has it."""
-        self.keys_values.extend((k_BJTE, v_BJTE))
+        self.offered.extend((k_BJTE, v_BJTE))
         return super().attend(q_BHTE, k_BJTE, v_BJTE)
+
+    def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
+        """As Context has it."""
+        self.offered.append(x_BTI)
+        return super().mix(mixer, x_BTI)
 
 
 @dataclass(frozen=True)
@@ -133,29 +143,29 @@ class RecallingContext(Context):
 
 @dataclass(frozen=True)
 class RowContext(RecallingContext):
-    """Lets a block run on the chosen rows alone, as one sequence of K tokens: they attend to all tokens of their own
-    sequence, whose keys and values are at hand."""
+    """Lets a block run on the chosen rows alone, as one sequence of K tokens: what all tokens of their own sequences
+    offer is at hand."""
 
     rows: Rows
-    k_BJTE: Tensor
-    v_BJTE: Tensor
+    offered: tuple[Tensor, ...]
 
     @classmethod
     def at(
-        cls, rows: Rows, k_BJTE: Tensor, v_BJTE: Tensor, precision: torch.dtype | None, products: list[Product]
+        cls, rows: Rows, offered: tuple[Tensor, ...], precision: torch.dtype | None, products: list[Product]
     ) -> RowContext:
         """products: those of all tokens; none are known if it is empty."""
         known = [Product(rows.take(output_BTD), weight) for output_BTD, weight in products]
-        return cls(rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, k_BJTE, v_BJTE)
+        return cls(rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, offered)
 
     def attend(self, q_1HKE: Tensor, k_1JKE: Tensor, v_1JKE: Tensor) -> Tensor:
         """1 x H x K x E. The rows' own keys and values stand for those among all that they equal, so that gradients
         reach them."""
+        k_BJTE, v_BJTE = self.offered
         if isinstance(self.rows.layout, Layout):
             # Gradients that go to all keys and values reach the rows' own among them.
-            own_JKE = None if self.k_BJTE.requires_grad else (k_1JKE.squeeze(0), v_1JKE.squeeze(0))
-            return attend_rows(q_1HKE.squeeze(0), self.k_BJTE, self.v_BJTE, self.rows.layout, own_JKE).unsqueeze(0)
-        k_BJTE, v_BJTE = self._with_own(self.k_BJTE, k_1JKE), self._with_own(self.v_BJTE, v_1JKE)
+            own_JKE = None if k_BJTE.requires_grad else (k_1JKE.squeeze(0), v_1JKE.squeeze(0))
+            return attend_rows(q_1HKE.squeeze(0), k_BJTE, v_BJTE, self.rows.layout, own_JKE).unsqueeze(0)
+        k_BJTE, v_BJTE = self._with_own(k_BJTE, k_1JKE), self._with_own(v_BJTE, v_1JKE)
         return self.rows.layout.attend(q_1HKE, k_BJTE, v_BJTE)
 
     def _with_own(self, x_BJTE: Tensor, own_1JKE: Tensor) -> Tensor:
@@ -163,3 +173,15 @@ class RowContext(RecallingContext):
         x_BTJE = x_BJTE.transpose(1, 2)
         x_NJE = x_BTJE.flatten(0, 1).index_copy(0, self.rows.rows_K, own_KJE)
         return x_NJE.view(x_BTJE.shape).transpose(1, 2)
+
+    def mix(self, mixer: Mixer, x_1KI: Tensor) -> Tensor:
+        """1 x K x O. The mixer runs over all tokens, with the rows' own inputs among them, so that gradients reach
+        these from every chosen row that remembers them."""
+        (x_BTI,) = self.offered
+        rows = self.rows
+
+        def mix_rows(own_1KI: Tensor, all_BTI: Tensor) -> Tensor:
+            x_NI = all_BTI.flatten(0, 1).index_copy(0, rows.rows_K, own_1KI.squeeze(0))
+            return rows.take(mixer.run(x_NI.view(all_BTI.shape), rows.starts_BT)[0])
+
+        return recomputed(mix_rows, mixer, x_1KI, x_BTI)

@@ -18,7 +18,7 @@ from pylon_trainer.gating.ratio import PLAIN, rows_of
 from pylon_trainer.gating.replay import Runner, run_at_once
 from pylon_trainer.gating.router import router_layers, score_sequences
 from pylon_trainer.gating.step import GatedStep
-from pylon_trainer.models import Transformer
+from pylon_trainer.models import Decoder
 from pylon_trainer.step import IGNORED, Batch, StepResult
 
 
@@ -27,7 +27,7 @@ class SequenceStep(GatedStep):
 
     def __init__(
         self,
-        model: Transformer,
+        model: Decoder,
         device: torch.device,
         precision: torch.dtype | None,
         training: TrainingSpec,

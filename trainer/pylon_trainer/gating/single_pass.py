@@ -91,8 +91,7 @@ class SinglePass:
             return gradient_1MD
         leaf_BTD = x_BTD.detach().requires_grad_()
         with self._autocast():
-            k_BJTE, v_BJTE = self._pieces.keys_values(block, leaf_BTD, context, kept, precision)
-            kept = kept._replace(k_BJTE=k_BJTE, v_BJTE=v_BJTE)
+            kept = kept._replace(offered=self._pieces.offers(block, leaf_BTD, context, kept, precision))
             y_1MD = self._pieces.run_rows(block, rows.take(leaf_BTD), rows, kept, precision)
         (gradient_BTD,) = go_back(y_1MD, gradient_1MD, parameters, sink, leaf_BTD)
         return rows.take(gradient_BTD)

@@ -27,7 +27,7 @@ from pylon_trainer.gating.replay import Number, Runner, run_at_once
 from pylon_trainer.gating.scores import judge
 from pylon_trainer.kernels.head import poison
 from pylon_trainer.kernels.score import Scores
-from pylon_trainer.models import Transformer
+from pylon_trainer.models import Decoder
 from pylon_trainer.step import IGNORED, Batch, StepResult
 
 
@@ -35,9 +35,9 @@ class PlainStep:
     """Every labelled token carries gradient."""
 
     def __init__(
-        self, model: Transformer, device: torch.device, precision: torch.dtype | None, run: Runner = run_at_once
+        self, model: Decoder, device: torch.device, precision: torch.dtype | None, run: Runner = run_at_once
     ) -> None:
-        self.model: Transformer = model
+        self.model: Decoder = model
         self._device = device
         self._precision = precision
         self.run = run
@@ -105,7 +105,7 @@ class GatedStep(PlainStep):
 
     def __init__(
         self,
-        model: Transformer,
+        model: Decoder,
         device: torch.device,
         precision: torch.dtype | None,
         training: TrainingSpec,

@@ -1,12 +1,12 @@
 """Trunk: what an engine asks of a model, so that it can walk any decoder block by block.
 
-`Transformer` is one as it stands; adapters make others of foreign models. A block may do anything to each token alone,
-multiplies by `context.linear`, and lets tokens meet in `context.attend` only (models/context.py).
+A `Decoder` is one as it stands; adapters make others of foreign models. A block may do anything to each token alone,
+multiplies by `context.linear`, and lets tokens meet in `context.attend` and `context.mix` only (models/context.py).
 
-State-space blocks would fit the same interface. There tokens meet in a scan instead of an attention, so the context
-gets a `scan` beside `attend`, with its three forms: the plain one runs it; the keeping one also keeps the states at
-the borders of its chunks, which take the part of keys and values; the one of chosen rows runs the scan from those
-states, with gradients for the rows' own inputs and without for the others.
+What tokens offer to later ones is keys and values where a block attends, and the input of its mixer where a state is
+handed along. The keeping context keeps it; the context of chosen rows puts the rows' own, with gradients, in the place
+of theirs, and leaves the others' without. Rows attend as queries; a mixer runs over the whole sequence again, which is
+a small part of its block, and only the layers before and after it run on the rows alone.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Block(Protocol):
     """One layer of the residual stream."""
 
     def __call__(self, x_BTD: Tensor, context: Context) -> Tensor:
-        """B x T x D to the same. The linear layers that keys_values runs come first, in the same order."""
+        """B x T x D to the same. The linear layers that offers runs come first, in the same order."""
         ...
 
-    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """What the tokens offer to those that attend to them, each B x J x T x E: what the block hands to `attend`."""
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """What the tokens offer to later ones: keys and values, each B x J x T x E, that the block hands to `attend`,
+        or the one B x T x I that it hands to `mix`."""
         ...
 
     def parameters(self) -> Iterator[Parameter]:

@@ -124,7 +124,7 @@ class HuggingFaceBlock:
             y_BTD: Tensor = self._layer.forward(x_BTD, pylon_context=context, **self._positions(context))
         return y_BTD
 
-    def keys_values(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What the layer hands to attention: it runs up to there and no further."""
         try:
             self(x_BTD, _UpToAttention.like(context))

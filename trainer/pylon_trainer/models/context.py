@@ -1,20 +1,25 @@
-"""Context: what a block is told beside its hidden states, and the two things that it leaves to others.
+"""Context: what a block is told beside its hidden states, and the three things that it leaves to others.
 
-A block does everything to each token alone, except in `attend`, and multiplies by its weights in `linear` only. So the
-gated engines (gating/engine.py) can run the same block on chosen tokens: they hand it a context that knows the other
-tokens, and the products that were computed before. Nothing else in a block may look across tokens.
+A block does everything to each token alone, except in `attend` and `mix`, and multiplies by its weights in `linear`
+only. So the gated engines (gating/engine.py) can run the same block on chosen tokens: they hand it a context that knows
+the other tokens, and the products that were computed before; and a cache (models/resonate/cache.py) can run it on new
+tokens: its context remembers the earlier ones. Nothing else in a block may look across tokens.
 
-Shapes: B sequences, T tokens, D hidden width, H query heads, J key and value heads, E width of a head.
+Shapes: B sequences, T tokens, D hidden width, H query heads, J key and value heads, E width of a head, I and O widths
+that a mixer takes and gives.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from pylon_trainer.models.recompute import recomputed
 
 
 class Linear(Protocol):
@@ -25,6 +30,23 @@ class Linear(Protocol):
 
     @property
     def bias(self) -> Tensor | None: ...
+
+
+class Mixer(nn.Module, ABC):
+    """A layer in which tokens meet by a state that is handed along the sequence."""
+
+    @abstractmethod
+    def run(
+        self, x_BTI: Tensor, starts_BT: Tensor | None = None, memory: Memory | None = None
+    ) -> tuple[Tensor, Memory]:
+        """B x T x O, and what later tokens need to know of these and those before.
+
+        starts_BT: first place of each token's document, where memory begins anew. memory: of the tokens before.
+        """
+
+
+Memory = tuple[Tensor, ...]
+"""What a mixer hands along: tensors whose size does not depend on the number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +62,15 @@ class Context:
     starts_BT: Tensor | None
     """First place of its sequence that each token may see: where its document or its window begins. None is 0."""
     mask: Tensor | None
-    """B x 1 x T x T, True where a query may look; None without starts_BT, from which it is derived."""
+    """B x 1 x T x T, True where a query may look; None without starts_BT, from which it is derived, and where no block
+    attends."""
 
     @classmethod
-    def of(cls, places: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None) -> Context:
-        """The context of these positions and first visible places."""
-        return cls(places, cos, sin, starts_BT, None if starts_BT is None else _mask(starts_BT))
+    def of(
+        cls, places: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None, *, attends: bool = True
+    ) -> Context:
+        """The context of these positions and first visible places. attends: whether any block asks for the mask."""
+        return cls(places, cos, sin, starts_BT, _mask(starts_BT) if attends and starts_BT is not None else None)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """The product of a layer."""
@@ -61,6 +86,11 @@ class Context:
             is_causal=self.mask is None,
             enable_gqa=q_BHTE.shape[1] != k_BJTE.shape[1],
         )
+
+    def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
+        """What a mixer makes of all tokens, each with those before it in its document, B x T x O."""
+        # The way back runs the mixer again from x_BTI, which is held anyway, so that nothing within it is held.
+        return recomputed(lambda x: mixer.run(x, self.starts_BT)[0], mixer, x_BTI)
 
 
 def _mask(starts_BT: Tensor) -> Tensor:

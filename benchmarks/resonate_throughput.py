@@ -1,0 +1,195 @@
+"""Tokens per second of whole training steps as sequences grow: Transformer, Mamba-2 alone, Resonate; equal parameters.
+
+    python benchmarks/resonate_throughput.py [--architecture resonate] [--tokens 8192] [--steps 5]
+
+A step is forward, backward, clipping and AdamW over the same number of tokens, whatever the length of a sequence.
+Blocks are compiled, attention is the fastest that torch has, weights are float32 and products bfloat16 on CUDA; on CPUs
+models are small and float32. Every architecture holds what autograd holds; Resonate's mixers, and Mamba-2's, compute
+again what lies between their two projections, the Transformer's attention its scores, nobody anything else. Activations
+are the peak of a step over what is there between steps. A kind that fails is named, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gate_step import step_of
+from measure import RESULTS, Mark, device_name, print_table, read_rows, write_results
+from torch import Tensor
+
+from pylon_api.training import Compile, ModelSpec, OptimizerSpec
+from pylon_trainer.models import Decoder, Resonate, build_model
+from pylon_trainer.models.context import Context
+from pylon_trainer.models.resonate.mamba import Mamba
+from pylon_trainer.models.resonate.model import MixerBlock
+from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.step import Batch
+
+GIB = 2**30
+WARM_STEPS = 3
+
+
+class Mamba2(Resonate):
+    """Mamba-2 as published: blocks of a mixer and no MLP."""
+
+    def _block(self, number: int) -> MixerBlock:  # noqa: ARG002
+        return MixerOnly(self.spec, Mamba(self.spec))
+
+
+class MixerOnly(MixerBlock):
+    def __init__(self, spec: ModelSpec, mixer: Mamba) -> None:
+        super().__init__(spec, mixer)
+        del self.mlp_norm, self.mlp
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        updated_BTD: Tensor = x_BTD + self.mixer(self.mixer_norm(x_BTD), context)
+        return updated_BTD
+
+    def residual_outputs(self) -> tuple[torch.nn.Linear, ...]:
+        return (self.mixer.output,)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Layers that give each architecture about as many parameters as the others."""
+
+    model: dict[str, Any]
+    layers: dict[str, int]
+    vocabulary: int
+    tokens_of_step: int
+    tokens: tuple[int, ...]
+    """Of a sequence."""
+
+
+SIZES = {
+    "cpu": Size(
+        {"hidden_size": 128, "heads": 4},
+        {"transformer": 4, "mamba2": 8, "resonate": 3, "resonate + attention": 3},
+        2048,
+        2048,
+        (256, 1024),
+    ),
+    "cuda": Size(
+        {"hidden_size": 768, "heads": 12, "intermediate_size": 2048},
+        {"transformer": 12, "mamba2": 23, "resonate": 10, "resonate + attention": 10},
+        8192,
+        65536,
+        (1024, 2048, 8192, 32768),
+    ),
+}
+
+
+def build(architecture: str, size: Size, device: torch.device, kernel: str) -> Decoder:
+    fields = size.model | {"layers": size.layers[architecture]}
+    if architecture != "transformer":
+        own = {"scan_kernel": kernel} | ({"attention_every": fields["layers"]} if "attention" in architecture else {})
+        fields |= {"architecture": "Resonate", "resonate": own}
+    spec = ModelSpec.model_validate(fields)
+    torch.manual_seed(0)
+    if architecture == "mamba2":
+        return Mamba2(spec, size.vocabulary).to(device)
+    return build_model(spec, vocab_size=size.vocabulary).to(device)
+
+
+def measure(
+    architecture: str, size: Size, tokens: int, steps: int, device: torch.device, kernel: str
+) -> dict[str, Any]:
+    model = build(architecture, size, device, kernel)
+    training_step = step_of(model, device, Compile.DEFAULT if device.type == "cuda" else Compile.OFF, {})
+    parameters = dict(model.named_parameters())
+    optimizer = AdamW(parameters, OptimizerSpec())
+    tokens_BT = torch.randint(size.vocabulary, (max(1, size.tokens_of_step // tokens), tokens + 1))
+    batch = Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()).to(device)
+    marks = [Mark(device)]
+    held_bytes = 0
+    for number in range(WARM_STEPS + steps):
+        if number == WARM_STEPS and device.type == "cuda":
+            torch.cuda.synchronize()
+            held_bytes = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        training_step.forward_backward(batch, global_tokens=batch.labels_BT.numel(), step=number)
+        optimizer.update(1e-4)
+        for parameter in parameters.values():
+            parameter.grad = None
+        marks.append(Mark(device))
+    marks[-1].wait()
+    times_ms = [marks[n].milliseconds_to(marks[n + 1]) for n in range(WARM_STEPS, WARM_STEPS + steps)]
+    step_ms = statistics.median(times_ms)
+    count = sum(parameter.numel() for parameter in parameters.values())
+    # Gradients are there at the peak, not between steps, and are no activations.
+    peak_bytes = torch.cuda.max_memory_allocated() - held_bytes - 4 * count if device.type == "cuda" else None
+    return {
+        "architecture": architecture,
+        "device": device_name(),
+        "kernel": "torch" if architecture == "transformer" else kernel,
+        "parameters": count,
+        "sequence": tokens,
+        "tokens_per_s": batch.tokens_BT.numel() / step_ms * 1e3,
+        "step_ms": step_ms,
+        "activation_gib": None if peak_bytes is None else peak_bytes / GIB,
+    }
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row beside the Transformer's and Mamba-2's of the same length."""
+
+    def best(architecture: str, sequence: int) -> dict[str, Any] | None:
+        same = [row for row in rows if (row["architecture"], row["sequence"]) == (architecture, sequence)]
+        return max(same, key=lambda row: row["tokens_per_s"], default=None)
+
+    for row in rows:
+        for other in ("transformer", "mamba2"):
+            rival = best(other, row["sequence"])
+            row[f"speed_to_{other}"] = row["tokens_per_s"] / rival["tokens_per_s"] if rival else None
+        transformer = best("transformer", row["sequence"])
+        memory = transformer and transformer["activation_gib"]
+        row["activations_to_transformer"] = row["activation_gib"] / memory if memory else None
+    return rows
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = SIZES[device.type]
+    parser = argparse.ArgumentParser(description="Measure training throughput over the length of sequences.")
+    parser.add_argument("--architecture", choices=list(size.layers), action="append", help="default: all")
+    parser.add_argument("--tokens", type=int, action="append", help="of a sequence; default: several")
+    parser.add_argument("--kernel", choices=["PyTorch", "Auto"], action="append", help="of the scan; default: PyTorch")
+    parser.add_argument("--steps", type=int, default=5, help="that count (default 5)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON file")
+    arguments = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64
+    kept = [row for row in read_rows("resonate_throughput", arguments.results) if row["device"] != device_name()]
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for tokens in arguments.tokens or size.tokens:
+        for architecture in arguments.architecture or list(size.layers):
+            for kernel in ["PyTorch"] if architecture == "transformer" else arguments.kernel or ["PyTorch"]:
+                name = f"{architecture}, {kernel}, {tokens} tokens"
+                try:
+                    rows.append(measure(architecture, size, tokens, arguments.steps, device, kernel))
+                    print(f"{name}: {rows[-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
+                except Exception:  # whatever one kind dies of must not cost the others' time
+                    failures.append(name)
+                    print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
+                torch._dynamo.reset()
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    if rows:
+        print_table(with_ratios(rows))
+        write_results("resonate_throughput", kept + rows, arguments.results, timing="median of steps")
+    if failures:
+        print(f"failed: {'; '.join(failures)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Decoder: what all architectures share, so that steps, gates, samples and exports need not know which one they have.
+
+Embedding, rotary positions, last norm and head are here; a subclass says what its blocks are. Blocks can be compiled
+one by one, and the head can run on chosen rows only: `forward` ends at the hidden states, `head` turns rows of them
+into logits. It knows nothing of losses, gates, devices or precision.
+
+Shapes: B sequences, T tokens, D hidden width, E width of an attention head, V vocabulary, R rank of factorised
+embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pylon_api.training import ModelSpec
+from pylon_trainer.models.context import Context
+
+
+class Block(nn.Module, ABC):
+    """One layer of the residual stream."""
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """B x T x D to the same."""
+
+    @abstractmethod
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """What the tokens offer to later ones: what the block hands to `attend` beside the queries, or to `mix`."""
+
+    @abstractmethod
+    def residual_outputs(self) -> tuple[nn.Linear, ...]:
+        """Its layers that write to the residual stream."""
+
+
+class Decoder(nn.Module, ABC):
+    """`spec.layers` blocks over `vocab_size` tokens."""
+
+    def __init__(self, spec: ModelSpec, vocab_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.vocab_size = vocab_size
+        width = spec.embedding_rank or spec.hidden_size
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.embedding_projection = plain_linear(width, spec.hidden_size) if spec.embedding_rank else None
+        # A ModuleList does not say what is in it.
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(self._block(number) for number in range(spec.layers)))
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
+        tied = spec.tie_embeddings
+        self.output_projection = None if tied or not spec.embedding_rank else plain_linear(spec.hidden_size, width)
+        self.output = None if tied else plain_linear(width, vocab_size)
+        self._initialise()
+
+    @property
+    def attends(self) -> bool:
+        """Whether any block attends."""
+        return True
+
+    @abstractmethod
+    def _block(self, number: int) -> Block:
+        """The block of this number, from 0."""
+
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Hidden states B x T x D after the last norm.
+
+        documents_BT: number of the document of each token, rising along a sequence; given, a token sees only its own
+        document and positions start again with each.
+        """
+        context = self.context(tokens_BT, documents_BT)
+        x_BTD = self.embed(tokens_BT, context.places)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, context)
+        normed_BTD: Tensor = self.norm(x_BTD)
+        return normed_BTD
+
+    def embed(self, tokens: Tensor, places: Tensor) -> Tensor:  # noqa: ARG002  attention alone knows of places here
+        """What enters the first block: ... x D of ids of any shape, at places of their documents."""
+        x: Tensor = self.embedding(tokens)
+        if self.embedding_projection is not None:
+            # The residual stream keeps the weights' precision, under autocast too.
+            x = self.embedding_projection(x).to(x.dtype)
+        return x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ... x V of hidden states ... x D."""
+        if self.output_projection is not None:
+            hidden = self.output_projection(hidden)
+        elif self.embedding_projection is not None and self.output is None:
+            hidden = F.linear(hidden, self.embedding_projection.weight.T)
+        return F.linear(hidden, self.embedding.weight if self.output is None else self.output.weight)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """V x D: the embedding, multiplied out if it is factorised."""
+        if self.embedding_projection is None:
+            return self.embedding.weight
+        return self.embedding.weight @ self.embedding_projection.weight.T
+
+    @property
+    def head_weight(self) -> Tensor:
+        """V x D: head(hidden) == hidden @ head_weight.T, multiplied out if it is factorised."""
+        if self.output is None:
+            return self.embedding_weight
+        if self.output_projection is None:
+            return self.output.weight
+        return self.output.weight @ self.output_projection.weight
+
+    def context(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, *, first: int = 0) -> Context:
+        """What every block needs to know of these sequences; arguments as forward has them. first: place of the first
+        token, when earlier ones are remembered."""
+        device = tokens_BT.device
+        width = self.spec.hidden_size // self.spec.heads
+        pairs = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+        frequencies = self.spec.rope_theta ** (-pairs / width)
+        places_T = torch.arange(first, first + tokens_BT.shape[1], device=device)
+        if documents_BT is None:
+            angles = places_T[:, None] * frequencies
+            return Context.of(places_T, angles.cos(), angles.sin())
+        starts_BT = torch.searchsorted(documents_BT, documents_BT)  # the first place of each token's own document
+        places_BT = places_T - starts_BT
+        angles_BTE = places_BT[..., None] * frequencies
+        return Context.of(
+            places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT, attends=self.attends
+        )
+
+    def _initialise(self) -> None:
+        """Normal matrices; those that write to the residual stream shrink with depth (GPT-2, section 2.3), and a
+        factorised embedding's product has the deviation that a plain one would have."""
+        std = self.spec.initializer_std
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+        for block in self.blocks:
+            for residual in block.residual_outputs():
+                nn.init.normal_(residual.weight, std=std / math.sqrt(2 * self.spec.layers))
+        for projection in (self.embedding_projection, self.output_projection):
+            if projection is not None:
+                nn.init.normal_(projection.weight, std=1 / math.sqrt(self.spec.embedding_rank))
+
+
+def plain_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer without bias, as all of a decoder's are."""
+    return nn.Linear(inputs, outputs, bias=False)

@@ -1,0 +1,84 @@
+"""Resonate: a decoder whose tokens meet in a state instead of in attention, so that work per token stays the same
+however long the sequence grows.
+
+A block is a mixer and a gated MLP, each on a normed copy and added to the residual stream. Most mixers are Mamba-2
+scans; a share of the blocks may attend instead (exact recall) or convolve with a fixed long filter.
+
+Shapes: B sequences, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from torch import Tensor, nn
+
+from pylon_api.training import Architecture, ModelSpec, ResonateSpec
+from pylon_trainer.models.context import Context
+from pylon_trainer.models.decoder import Block, Decoder
+from pylon_trainer.models.resonate.long_convolution import LongConvolution
+from pylon_trainer.models.resonate.mamba import Mamba
+from pylon_trainer.models.resonate.mixer import StateMixer
+from pylon_trainer.models.transformer import AttentionBlock, SwiGLU, intermediate_size
+
+
+class Resonate(Decoder):
+    """State-space blocks, with as many that attend or convolve as the spec asks for."""
+
+    def _block(self, number: int) -> Block:
+        match kind_of(self.spec, number):
+            case Kind.ATTENTION:
+                return AttentionBlock(self.spec)
+            case Kind.LONG_CONVOLUTION:
+                return MixerBlock(self.spec, LongConvolution(self.spec))
+            case Kind.SCAN:
+                return MixerBlock(self.spec, Mamba(self.spec))
+
+    @property
+    def attends(self) -> bool:
+        """As Decoder has it."""
+        return any(isinstance(block, AttentionBlock) for block in self.blocks)
+
+
+class MixerBlock(Block):
+    """A mixer, then the MLP, each on a normed copy and added to the residual stream."""
+
+    def __init__(self, spec: ModelSpec, mixer: StateMixer) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
+        self.mixer = mixer
+        self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
+        self.mlp = SwiGLU(spec.hidden_size, intermediate_size(spec))
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), context)
+        updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
+        return updated_BTD
+
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """As Block has it: the mixer's first projection, B x T x I."""
+        return self.mixer.offers(self.mixer_norm(x_BTD), context)
+
+    def residual_outputs(self) -> tuple[nn.Linear, ...]:
+        """As Block has it."""
+        return self.mixer.output, self.mlp.down
+
+
+class Kind(enum.Enum):
+    """Where the tokens of a block meet."""
+
+    ATTENTION = enum.auto()
+    LONG_CONVOLUTION = enum.auto()
+    SCAN = enum.auto()
+
+
+def kind_of(spec: ModelSpec, number: int) -> Kind:
+    """Of a block by its number from 0, in any architecture."""
+    if spec.architecture is Architecture.TRANSFORMER:
+        return Kind.ATTENTION
+    own = spec.resonate or ResonateSpec()
+    if own.attention_every and (number + 1) % own.attention_every == 0:
+        return Kind.ATTENTION
+    if own.long_convolution_every and (number + 1) % own.long_convolution_every == 0:
+        return Kind.LONG_CONVOLUTION
+    return Kind.SCAN
