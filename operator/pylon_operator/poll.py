@@ -20,7 +20,17 @@ from pylon_api.run import TrainerStatus
 from pylon_operator import metrics, rank0
 from pylon_operator.store import JobKey
 
-MOVING = {"step", "tokens", "loss", "tokens_per_second", "gate", "difficulty", "bytes_per_step", "step_seconds"}
+MOVING = {
+    "step",
+    "tokens",
+    "loss",
+    "tokens_per_second",
+    "gate",
+    "difficulty",
+    "bytes_per_step",
+    "bytes_per_step_peak",
+    "step_seconds",
+}
 """Fields that change with every answer of a healthy run."""
 MISSED_POLLS = 3
 """So many silent polls and the last answer no longer counts."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pylon_api.run import RunConfig
 from pylon_trainer.consensus import Exchange
-from pylon_trainer.consensus.exact import ExactExchange
+from pylon_trainer.consensus.agreement import Agreement, refuse_disagreement
+from pylon_trainer.consensus.build import build_exchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Transformer, build_model
@@ -28,7 +29,6 @@ class Update:
     """One of each micro-batch."""
     gradient_norm: Tensor
     learning_rate: float
-    exchanged_bytes: int
 
 
 @dataclass(slots=True)
@@ -43,6 +43,7 @@ class Run:
     parameters: dict[str, torch.nn.Parameter]
     optimizer: AdamW
     exchange: Exchange
+    agreement: Agreement
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -66,13 +67,13 @@ class Run:
             self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
             for part in self.micro_batches(batch)
         ]
-        exchanged_bytes = self.exchange.exchange(named_gradients(self.parameters))
-        gradient_norm = self.optimizer.update(learning_rate)
+        self.exchange.exchange(named_gradients(self.parameters))
+        gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
         self.tokens += global_tokens
-        return Update(results, gradient_norm, learning_rate, exchanged_bytes)
+        return Update(results, gradient_norm, learning_rate)
 
 
 def build(config: RunConfig, world: World, data: TrainingData) -> Run:
@@ -83,6 +84,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
     seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    refuse_disagreement(world, config, parameters)
+    optimizer = AdamW(parameters, training.optimizer)
     return Run(
         config=config,
         world=world,
@@ -90,7 +93,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         model=model,
         training_step=build_step(model, training, world.device),
         parameters=parameters,
-        optimizer=AdamW(parameters, training.optimizer),
-        exchange=ExactExchange(world),
+        optimizer=optimizer,
+        exchange=build_exchange(world, training, parameters),
+        agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )
