@@ -26,23 +26,24 @@ class Choice:
     """What it leaves behind each step: squared error as a share of the squared norm, times the group's values."""
 
 
-def choose(choices: Mapping[K, Sequence[Choice]], budget_bytes: int | None) -> dict[K, Choice]:
+def choose(choices: Mapping[K, Sequence[Choice]], budget_bytes: int | None, control_bytes: int = 0) -> dict[K, Choice]:
     """The choice of each group that together lose little within the budget.
 
     Begins with the cheapest and goes on with whatever gains most for a byte more, while it fits: the greedy way through
     the multiple-choice knapsack problem (Sinha & Zoltners 1979), which ends within one step of the best.
 
-    budget_bytes: None is no limit. ConfigError naming the least possible when it is below that.
+    budget_bytes: of which control_bytes are spoken for; None is no limit. ConfigError naming the least possible when it
+    is below that.
     """
     chosen = {group: min(offered, key=lambda c: (c.bytes_per_step, c.lost)) for group, offered in choices.items()}
-    least_bytes = sum(choice.bytes_per_step for choice in chosen.values())
+    least_bytes = control_bytes + sum(choice.bytes_per_step for choice in chosen.values())
     if budget_bytes is not None and least_bytes > budget_bytes:
         raise ConfigError(
             f"training.consensus.bytesPerStep {budget_bytes} is too small: the least possible is {least_bytes} bytes "
             f"a step ({_describe(chosen)}); raise it to that, or raise everySteps"
         )
     while True:
-        spent_bytes = sum(choice.bytes_per_step for choice in chosen.values())
+        spent_bytes = control_bytes + sum(choice.bytes_per_step for choice in chosen.values())
         steps = [
             (_gain_per_byte(chosen[group], choice), group, choice)
             for group, offered in choices.items()

@@ -55,6 +55,11 @@ class CompressedExchange:
         return {kind: channel.name for kind, channel in self._channels.items()}
 
     @property
+    def bytes_per_step(self) -> int:
+        """Bytes of gradients that a rank sends in a step, at most."""
+        return sum(channel.bytes_per_step for channel in self._channels.values())
+
+    @property
     def smoothed(self) -> frozenset[str]:
         """See Exchange."""
         with_momentum = (kind for kind, channel in self._channels.items() if channel.has_momentum)
@@ -92,7 +97,7 @@ class CompressedExchange:
 
     def _plan(self) -> None:
         """Choose channels by the figures there are, and hand over what has been kept."""
-        chosen = choose({kind: self._choices(kind) for kind in self._groups}, self._budget_bytes)
+        chosen = choose({kind: self._choices(kind) for kind in self._groups}, self._budget_bytes, CONTROL_BYTES)
         for kind, choice in chosen.items():
             old = self._channels.get(kind)
             if old is None or old.name != choice.name:
@@ -117,8 +122,8 @@ class CompressedExchange:
     @property
     def _budget_bytes(self) -> int | None:
         if self._spec.bytes_per_step is not None:
-            return max(1, self._spec.bytes_per_step - CONTROL_BYTES)
-        return None if self._spec.codec in _UNLIMITED else DEFAULT_BYTES_PER_STEP - CONTROL_BYTES
+            return self._spec.bytes_per_step
+        return None if self._spec.codec in _UNLIMITED else DEFAULT_BYTES_PER_STEP
 
     def state_dict(self) -> dict[str, Any]:
         """See Exchange."""

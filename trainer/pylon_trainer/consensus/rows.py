@@ -37,17 +37,17 @@ class RowChannel:
 
     def exchange(self, gradient_N: Tensor, is_skipped: Tensor) -> Tensor:
         """See Channel. Rows that nobody named have sum 0."""
-        total_N = gradient_N if self.kept_N is None else gradient_N + self.kept_N
+        total_N = gradient_N.clone() if self.kept_N is None else gradient_N + self.kept_N
         total_RW = total_N.view(self._rows, -1)
         norm_L, row_L = torch.linalg.vector_norm(total_RW, dim=1).topk(self._limit)
         named_L = torch.where(norm_L > 0, row_L, self._rows).int()
         union_U = self._world.all_gather(named_L).unique()
         union_U = union_U[union_U < self._rows].long()
         sum_RW = torch.zeros_like(total_RW)
-        sum_UW, lost_UW = sum_encoded(self._world, self._codec, total_RW[union_U])
-        sum_RW[union_U] = sum_UW
-        if self.kept_N is not None:
+        if len(union_U):
+            sum_RW[union_U], lost_UW = sum_encoded(self._world, self._codec, total_RW[union_U])
             total_RW[union_U] = lost_UW
+        if self.kept_N is not None:
             self.kept_N = torch.where(is_skipped, self.kept_N, total_RW.view(-1))
         return sum_RW.view(-1)
 

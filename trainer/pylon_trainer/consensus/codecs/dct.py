@@ -5,15 +5,15 @@ A chunk is 64 x 64 values, transformed along both sides. Its coefficients are de
 largest of each group is kept: of 4096 coefficients 4096 / group. DeMo takes the largest of the whole chunk, which needs
 a sort and 12 bits to say where; one per group needs neither, and a byte then holds place, sign and magnitude:
 
-| group | bits of place | magnitudes | bytes per value |
+| group | bits of place | magnitudes, in means | bytes per value |
 |---|---|---|---|
-| 16 | 4 | 8 | 0.063 |
-| 32 | 5 | 4 | 0.032 |
-| 64 | 6 | 2 | 0.016 |
+| 16 | 4 | 1/4 to 32 | 0.063 |
+| 32 | 5 | 1/2 to 4 | 0.032 |
+| 64 | 6 | 1 and 2 | 0.016 |
 | 128 | 7 | 1 | 0.008 |
 
-Magnitudes are multiples of a unit per chunk, taken from the mean of the kept ones. What is left out, in place or in
-magnitude, must be kept by the caller and come again: DeMo's momentum.
+Magnitudes are powers of two times the mean of the chunk's kept ones, because a few are far larger than the rest. What
+is left out, in place or in magnitude, must be kept by the caller and come again: DeMo's momentum.
 
 Shapes: B chunks, V = 4096 values of a chunk, G coefficients of a group, K = V / G groups, S = 64.
 """
@@ -40,8 +40,9 @@ class Dct:
         self.block_values = SIDE * SIDE
         self.block_bytes = self.block_values // group + BFLOAT16.block_bytes
         self._group = group
-        self._magnitude_bits = 7 - group.bit_length() + 1
+        self._magnitude_bits = 8 - group.bit_length()
         self._magnitudes = 1 << self._magnitude_bits
+        self._lowest_exponent = -(self._magnitudes // 4)
 
     def encode(self, values_BV: Tensor) -> Tensor:
         """See Codec."""
@@ -51,23 +52,24 @@ class Dct:
         coefficients_BGK = coefficients_BSS.view(len(values_BV), self._group, -1)
         place_B1K = coefficients_BGK.abs().argmax(dim=1, keepdim=True)
         kept_BK = coefficients_BGK.gather(1, place_B1K).squeeze(1)
-        unit_payload_B2 = BFLOAT16.encode(kept_BK.abs().mean(dim=1, keepdim=True) * 2 / (self._magnitudes + 1))
-        unit_B1 = BFLOAT16.decode(unit_payload_B2)
-        magnitude_BK = torch.where(unit_B1 > 0, kept_BK.abs() / unit_B1, 1).round_().clamp_(1, self._magnitudes)
+        mean_payload_B2 = BFLOAT16.encode(kept_BK.abs().mean(dim=1, keepdim=True))
+        mean_B1 = BFLOAT16.decode(mean_payload_B2)
+        exponent_BK = torch.where(mean_B1 > 0, kept_BK.abs() / mean_B1, 1).log2_().round_() - self._lowest_exponent
+        magnitude_BK = exponent_BK.clamp_(0, self._magnitudes - 1).to(torch.uint8)
         sign_BK = (kept_BK < 0).to(torch.uint8)
         place_BK = place_B1K.squeeze(1).to(torch.uint8)
-        code_BK = (place_BK << 1 | sign_BK) << self._magnitude_bits | (magnitude_BK - 1).to(torch.uint8)
-        return torch.cat([unit_payload_B2, code_BK], dim=1)
+        code_BK = (place_BK << 1 | sign_BK) << self._magnitude_bits | magnitude_BK
+        return torch.cat([mean_payload_B2, code_BK], dim=1)
 
     def decode(self, payload_BP: Tensor) -> Tensor:
         """See Codec."""
         width = BFLOAT16.block_bytes
-        unit_B1, code_BK = BFLOAT16.decode(payload_BP[:, :width]), payload_BP[:, width:]
-        magnitude_BK = (code_BK & (self._magnitudes - 1)).float() + 1
+        mean_B1, code_BK = BFLOAT16.decode(payload_BP[:, :width]), payload_BP[:, width:]
+        magnitude_BK = torch.exp2((code_BK & (self._magnitudes - 1)).float() + self._lowest_exponent) * mean_B1
         sign_BK = 1 - 2 * (code_BK >> self._magnitude_bits & 1).float()
         place_B1K = (code_BK >> (self._magnitude_bits + 1)).long().unsqueeze(1)
         coefficients_BGK = magnitude_BK.new_zeros(len(code_BK), self._group, code_BK.shape[1])
-        coefficients_BGK.scatter_(1, place_B1K, (sign_BK * magnitude_BK * unit_B1).unsqueeze(1))
+        coefficients_BGK.scatter_(1, place_B1K, (sign_BK * magnitude_BK).unsqueeze(1))
         basis_SS = _basis(payload_BP.device)
         values_BSS: Tensor = basis_SS.T @ coefficients_BGK.view(-1, SIDE, SIDE) @ basis_SS
         return values_BSS.view(len(code_BK), -1)
