@@ -238,12 +238,20 @@ def spoil(monkeypatch: pytest.MonkeyPatch, what: str, is_spoiled: Callable[[int]
     monkeypatch.setattr(PlainStep, "_hidden", patched_hidden)
 
 
-@pytest.mark.parametrize(("what", "told"), [("gradients", "gradients"), ("logits", "logits of 1 token(s)")])
+@pytest.mark.parametrize(
+    ("what", "told", "codec"),
+    [
+        ("gradients", "gradients", "Exact"),
+        ("logits", "logits of 1 token(s)", "Exact"),
+        ("gradients", "gradients", "Auto"),
+        ("logits", "logits of 1 token(s)", "Int8"),
+    ],
+)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all_and_told(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str, told: str
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str, told: str, codec: str
 ) -> None:
     spoil(monkeypatch, what, lambda step: step in (3, 5))
-    exit_code, pod = run_pod(tmp_path, make_config())
+    exit_code, pod = run_pod(tmp_path, make_config(consensus={"codec": codec, "hashCheckSteps": 1}))
     assert (exit_code, pod.final.skipped_steps) == (0, 2), pod.log
     assert pod.final.notices == [
         f"by step 4 an update was left out because {told} were not finite; skippedSteps counts on"

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from pylon_api.run import RunConfig
 from pylon_api.training import Disagreement
-from pylon_trainer.errors import ConfigError, PeerLost
+from pylon_trainer.errors import PeerLost, SharedConfigError
 from pylon_trainer.runtime.distributed import World
 
 CHUNK_VALUES = 2**24
 """Values hashed at a time."""
+_GOLDEN, _MIX = -0x61C88647, 0x45D9F3B
 
 
 def refuse_disagreement(world: World, config: RunConfig, weights: Mapping[str, Tensor]) -> None:
-    """ConfigError on every rank, naming ranks and field, when configurations or first weights differ. Collective."""
+    """SharedConfigError, naming ranks and field, when configurations or first weights differ. Collective."""
     written = json.dumps(config.to_wire(), sort_keys=True)
     own = hashlib.sha256(written.encode()).hexdigest(), fingerprints(list(weights.values())).tolist()
     digests, hashes = zip(*world.gather(own), strict=True)
@@ -34,12 +35,12 @@ def refuse_disagreement(world: World, config: RunConfig, weights: Mapping[str, T
         configs = [json.loads(text) for text in world.gather(written)]
         usual = next(c for rank, c in enumerate(configs) if rank not in others)
         path, had, wanted = _first_difference(configs[others[0]], usual)
-        raise ConfigError(
+        raise SharedConfigError(
             f"{_name(others)} and the others run different configurations: {path} is {had} there and {wanted} "
             f"elsewhere; give all pods the same file"
         )
     if others := _minority([tuple(hash) for hash in hashes]):
-        raise ConfigError(
+        raise SharedConfigError(
             f"{_name(others)} and the others begin with different weights from training.seed {config.training.seed}; "
             f"run the same image on the same kind of machine everywhere"
         )
@@ -81,8 +82,9 @@ class Agreement:
 def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
     """A hash of each tensor's bits, int64, on the device, without waiting for it.
 
-    The sum of its words, each multiplied by an odd number of its own: two tensors that differ in one word always have
-    different ones, because an odd number has an inverse modulo 2^32. Sums of integers do not depend on their order.
+    The sum of its words, each mixed with its place in a way that can be undone, so that two tensors which differ in one
+    word always have different ones: multiplying by an odd number and folding the upper half onto the lower are such ways
+    (as in MurmurHash3). Sums of integers do not depend on their order.
     """
     return torch.stack([_fingerprint(tensor.detach()) for tensor in tensors])
 
@@ -93,8 +95,11 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(words), CHUNK_VALUES):
         part = words[start : start + CHUNK_VALUES].int()
-        factors = torch.arange(start, start + len(part), dtype=torch.int32, device=tensor.device) * 2 + 1
-        total += (part * factors).sum(dtype=torch.int64)
+        part = part + torch.arange(start, start + len(part), dtype=torch.int32, device=tensor.device) * _GOLDEN
+        for _ in range(2):
+            part ^= part >> 16 & 0xFFFF
+            part *= _MIX
+        total += part.sum(dtype=torch.int64)
     return total
 
 

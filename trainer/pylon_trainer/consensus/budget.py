@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pylon_trainer.errors import ConfigError
+from pylon_trainer.errors import SharedConfigError
 
 K = TypeVar("K", bound=str)
 """What groups are told apart by."""
@@ -32,13 +32,13 @@ def choose(choices: Mapping[K, Sequence[Choice]], budget_bytes: int | None, cont
     Begins with the cheapest and goes on with whatever gains most for a byte more, while it fits: the greedy way through
     the multiple-choice knapsack problem (Sinha & Zoltners 1979), which ends within one step of the best.
 
-    budget_bytes: of which control_bytes are spoken for; None is no limit. ConfigError naming the least possible when it
-    is below that.
+    budget_bytes: of which control_bytes are spoken for; None is no limit. SharedConfigError naming the least possible
+    when it is below that.
     """
     chosen = {group: min(offered, key=lambda c: (c.bytes_per_step, c.lost)) for group, offered in choices.items()}
     least_bytes = control_bytes + sum(choice.bytes_per_step for choice in chosen.values())
     if budget_bytes is not None and least_bytes > budget_bytes:
-        raise ConfigError(
+        raise SharedConfigError(
             f"training.consensus.bytesPerStep {budget_bytes} is too small: the least possible is {least_bytes} bytes "
             f"a step ({_describe(chosen)}); raise it to that, or raise everySteps"
         )
