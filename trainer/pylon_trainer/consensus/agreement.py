@@ -83,8 +83,8 @@ def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
     """A hash of each tensor's bits, int64, on the device, without waiting for it.
 
     The sum of its words, each mixed with its place in a way that can be undone, so that two tensors which differ in one
-    word always have different ones: multiplying by an odd number and folding the upper half onto the lower are such ways
-    (as in MurmurHash3). Sums of integers do not depend on their order.
+    word always have different ones: multiplied by odd numbers, the upper half folded onto the lower (as in MurmurHash3).
+    Sums of integers do not depend on their order.
     """
     return torch.stack([_fingerprint(tensor.detach()) for tensor in tensors])
 
