@@ -123,9 +123,8 @@ def main() -> None:
     parser.add_argument("--bytes-per-step", type=int, help="budget of the codecs that have a size")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--every-steps", type=int, default=1, help="of Int8 and Int4")
-    parser.add_argument(
-        "--compile", choices=[*Compile], default=Compile.DEFAULT if torch.cuda.is_available() else "Disabled"
-    )
+    compile = Compile.DEFAULT if torch.cuda.is_available() else Compile.OFF
+    parser.add_argument("--compile", choices=[*Compile], default=compile)
     parser.add_argument("--alpha-us", type=float, help="latency of a hop for the projection; fitted when left out")
     parser.add_argument("--gigabytes-per-s", type=float, help="bandwidth for the projection; fitted when left out")
     parser.add_argument("--corpus", type=Path, default=CORPUS)
@@ -169,7 +168,7 @@ def take_part(rank: int, ranks: int, port: int, task: Task, link: tuple[float | 
             row = laboratory.run(codec, seed)
             if codec == ConsensusCodec.EXACT:
                 exact[seed] = row["loss"]
-            row |= {"exact_loss": exact[seed], "below_exact": 1 - row["loss"] / exact[seed], "seed": seed}
+            row |= {"exact_loss": exact[seed], "above_exact": row["loss"] / exact[seed] - 1, "seed": seed}
             rows.append(row)
             if rank == 0:
                 print(row, flush=True)
@@ -227,7 +226,7 @@ class Laboratory:
         median_bytes = statistics.median(step_bytes)
         ms = statistics.median(step_ms)
         return {
-            "codec": codec,
+            "codec": str(codec),
             "ranks": world.size,
             "parameters": parameters,
             "bytes_per_step_median": median_bytes,
@@ -324,15 +323,12 @@ def fit_link(world: World) -> tuple[float, float]:
 
 
 def project(rows: list[dict[str, Any]], alpha_s: float, beta_s: float, directory: Path) -> None:
-    """What collectives would take on more ranks, by arithmetic: a ring of n ranks has n - 1 hops each way round, and a
-    rank's bytes grow with (n - 1) / n, from those of two ranks to twice as many."""
+    """What collectives would take on more ranks, by arithmetic: two for each channel, n - 1 hops in each."""
     projected = []
     for row in rows:
         collectives = 2 * len(row["channels"].split(", "))
         for ranks in PROJECTED_RANKS:
-            moved_bytes = 2 * row["bytes_per_step_median"] * row["ranks"] / (row["ranks"] - 1) / 2 * (ranks - 1) / ranks
-            if row["ranks"] == 2 and row["codec"] != ConsensusCodec.EXACT:
-                moved_bytes = 2 * row["bytes_per_step_median"] * (ranks - 1) / ranks
+            moved_bytes = row["bytes_per_step_median"] * _share(ranks) / _share(row["ranks"])
             seconds = collectives * alpha_s * (ranks - 1) + beta_s * moved_bytes
             projected.append(
                 {
@@ -349,6 +345,11 @@ def project(rows: list[dict[str, Any]], alpha_s: float, beta_s: float, directory
             )
     print_table(projected)
     write_results("consensus_projection", projected, directory, note="arithmetic from measured bytes, not measured")
+
+
+def _share(ranks: int) -> float:
+    """Bytes of a rank, in payloads: exchanges between two ranks move one payload, among n 2 (n - 1) / n."""
+    return 2 * (ranks - 1) / ranks
 
 
 def publish(rows: list[dict[str, Any]], directory: Path) -> None:

@@ -23,7 +23,7 @@ def test_codecs_are_compared_with_the_exact_sum_of_their_seed(tmp_path: Path, mo
     assert all(row["exact_loss"] == rows["Exact"]["loss"] and row["seed"] == 3 for row in rows.values())
     assert rows["Exact"]["below_bf16_ddp"] == pytest.approx(0.5, rel=1e-3)
     assert rows["Int8"]["below_bf16_ddp"] == pytest.approx(2, rel=0.03)
-    assert rows["Int8"]["loss"] == pytest.approx(rows["Exact"]["loss"], rel=2e-3)
+    assert rows["Int8"]["loss"] == pytest.approx(rows["Exact"]["loss"], rel=1e-2)
     assert rows["Auto"]["bytes_per_step_peak"] <= 30_000
     projected = json.loads((tmp_path / "consensus_projection.json").read_text())["rows"]
     assert {row["ranks"] for row in projected} == {8, 64, 1024}

@@ -83,7 +83,7 @@ def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
     """A hash of each tensor's bits, int64, on the device, without waiting for it.
 
     The sum of its words, each mixed with its place in a way that can be undone, so that two tensors which differ in one
-    word always have different ones: multiplied by odd numbers, the upper half folded onto the lower (as in MurmurHash3).
+    word always have different ones: multiplied by odd numbers, the upper half folded onto the lower, like MurmurHash3.
     Sums of integers do not depend on their order.
     """
     return torch.stack([_fingerprint(tensor.detach()) for tensor in tensors])
