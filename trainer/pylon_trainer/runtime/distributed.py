@@ -19,20 +19,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pylon_trainer.errors import ConfigError, PeerLost
+from pylon_trainer.runtime.stalls import name_silent_ranks
 
 T = TypeVar("T")
 
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Turns the failure of a collective into PeerLost."""
+    """Turns the failure of a collective into PeerLost, which names the ranks that others waited for in vain."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own device, whose errors surface anywhere
         raise
     except RuntimeError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise PeerLost(f"a peer died or fell silent: {lines[0]}") from error
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "timed out" in line.lower() and (silent := name_silent_ranks()):
+            raise PeerLost(f"{silent} fell silent: {line}") from error
+        raise PeerLost(f"a peer died or fell silent: {line}") from error
 
 
 @dataclass(slots=True)
