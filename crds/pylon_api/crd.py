@@ -85,7 +85,16 @@ def printer_columns() -> list[dict[str, Any]]:
         ("Restarts", "integer", ".status.restarts"),
         ("Age", "date", ".metadata.creationTimestamp"),
     ]
-    return [{"name": name, "type": kind, "jsonPath": path} for name, kind, path in columns]
+    wide = [
+        # kubectl shows a date as an age, so nobody has to rewrite the status as time goes by
+        ("Checkpoint-Age", "date", ".status.checkpoint.committedTime"),
+        ("Checkpoint-URI", "string", ".status.checkpoint.uri"),
+    ]
+    return [_column(*column) for column in columns] + [_column(*column) | {"priority": 1} for column in wide]
+
+
+def _column(name: str, kind: str, path: str) -> dict[str, Any]:
+    return {"name": name, "type": kind, "jsonPath": path}
 
 
 def root_schema() -> Schema:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from pylon_api import names
 from pylon_api.base import Report, Spec, rule, rules
-from pylon_api.run import CheckpointReport, GateReport
+from pylon_api.run import CheckpointReport, GateReport, SaveReport
 from pylon_api.training import TrainingSpec
 
 PodTemplate = Annotated[
@@ -80,7 +80,8 @@ class FailurePolicy(Spec):
     """Restarts allowed without a newly committed checkpoint in between; 0 ends the job at the first failure. A job that
     makes progress may be preempted for ever."""
     backoff_seconds: int = Field(default=10, ge=0, le=3600)
-    """Wait before the first restart, in seconds; doubled for each further one without progress, up to an hour."""
+    """Wait before the second counted restart without progress, in seconds; doubled for each further one, up to an hour.
+    The first is at once, one that does not count always waits this long."""
     rules: list[FailureRule] = Field(default=[], max_length=32)
     """Tried in order, the first match decides. Where none matches: exit codes 65 (bad data) and 78 (bad configuration)
     fail the job, everything else restarts it."""
@@ -130,7 +131,7 @@ class PylonJobSpec(Spec):
     """Seconds after the end when the PylonJob is deleted with all its objects. Unset: it stays."""
     checkpoint_timeout_seconds: int = Field(default=120, ge=0, le=86400)
     """Seconds to wait for a commit that was asked for before pods are deleted (suspend); 0 does not ask. Also the pods'
-    termination grace, which is at least 30."""
+    termination grace, which is at least 30, unless template sets terminationGracePeriodSeconds."""
     failure_policy: FailurePolicy = FailurePolicy()
     """What happens when a pod fails."""
     scheduling: SchedulingSpec = SchedulingSpec()
@@ -227,6 +228,8 @@ class TrainingProgress(Report):
     """Bytes that one rank exchanged per step, the larger of sent and received."""
     skipped_steps: int = 0
     """Steps of this attempt whose update was left out because logits or gradients were not finite."""
+    saves: SaveReport | None = None
+    """How saving goes; unset when nothing is saved."""
     notices: list[str] = Field(default=[], max_length=20)
     """What a person should know, for example a damaged checkpoint that was passed over; newest last."""
     sample: str | None = None
@@ -302,7 +305,7 @@ class PylonJobStatus(Report):
     training: TrainingProgress | None = None
     """How far training is."""
     checkpoint: CheckpointReport | None = None
-    """The newest committed checkpoint."""
+    """The newest committed checkpoint: that of the latest attempt that committed any, and of its highest step."""
     failures: list[FailureRecord] = Field(default=[], max_length=10)
     """How the last attempts ended, newest last."""
 

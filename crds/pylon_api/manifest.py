@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from pylon_api import names
 from pylon_api.job import PylonJob
+from pylon_api.training import HIDDEN_INPUT
 
 
 class ManifestError(ValueError):
@@ -83,7 +84,8 @@ def describe(error: ValidationError) -> list[str]:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             value = problem["input"]
-            shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool)) else ""
+            showable = isinstance(value, (str, int, float, bool)) and problem["type"] != HIDDEN_INPUT
+            shown = f" (got {value!r})" if showable else ""
             lines.append(f"{field}: {message}{shown}")
     return lines
 

@@ -126,6 +126,7 @@ class Reason(enum.StrEnum):
     NONE_YET = "NoneYet"
     CHECKPOINTS_OFF = "CheckpointsOff"
     CHECKPOINT_TIMED_OUT = "CheckpointTimedOut"
+    SAVES_FAIL = "SavesFail"
     # Succeeded
     IN_PROGRESS = "InProgress"
     COMPLETED = "Completed"

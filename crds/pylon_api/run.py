@@ -30,6 +30,10 @@ class RunConfig(Spec):
     """GPUs of each pod; 0 trains on CPU."""
     topology_levels: list[str] = []
     """Node labels of the topology map, outermost first."""
+    failures: int = Field(default=0, ge=0)
+    """Attempts of this job that a failure ended."""
+    run_seconds: int = Field(default=0, ge=0)
+    """Seconds that this job's earlier attempts ran."""
     training: TrainingSpec
     """spec.training, untouched."""
 
@@ -43,8 +47,16 @@ class RunConfig(Spec):
         """URI of the directory that holds this job's checkpoints and nobody else's, or None without checkpoints."""
         if self.training.checkpoint is None:
             return None
-        root = self.training.checkpoint.uri.rstrip("/")
-        return f"{root}/{self.namespace}/{self.job}-{self.uid[:8]}"
+        return self._below(self.training.checkpoint.uri)
+
+    @property
+    def local_checkpoint_directory(self) -> str | None:
+        """The same on the disk of each node, or None when nothing is kept there."""
+        checkpoint = self.training.checkpoint
+        return None if checkpoint is None or checkpoint.local is None else self._below(checkpoint.local.directory)
+
+    def _below(self, root: str) -> str:
+        return f"{root.rstrip('/')}/{self.namespace}/{self.job}-{self.uid[:8]}"
 
 
 class CheckpointReport(Report):
@@ -52,12 +64,35 @@ class CheckpointReport(Report):
 
     step: int = Field(ge=0)
     """Optimizer step that it holds."""
+    attempt: int = Field(default=0, ge=0)
+    """Attempt that saved it; a later attempt's is newer whatever its step."""
     uri: str
     """Its directory."""
     committed_time: datetime | None = None
     """When its commit marker was written."""
     size_bytes: int | None = None
     """Bytes of all its files."""
+
+
+class SaveReport(Report):
+    """How saving goes, in this attempt."""
+
+    committed: int = Field(default=0, ge=0)
+    """Checkpoints committed."""
+    failed: int = Field(default=0, ge=0)
+    """Checkpoints given up because a store or disk refused them."""
+    failed_in_row: int = Field(default=0, ge=0)
+    """Checkpoints given up since the last commit."""
+    put_off: int = Field(default=0, ge=0)
+    """Checkpoints that fell due while those before them were still being written, and so had to wait."""
+    failure: str = ""
+    """Why the last one was given up; empty once another is committed."""
+    stall_seconds: float | None = None
+    """Seconds that the last checkpoint kept training from going on."""
+    write_seconds: float | None = None
+    """Seconds from the beginning of the last committed one to its commit."""
+    interval_steps: int | None = None
+    """Steps between checkpoints by the interval now in force; unset when none is."""
 
 
 class TrainerPhase(enum.StrEnum):
@@ -159,6 +194,8 @@ class TrainerStatus(Report):
     """Mean seconds per step over the last log interval."""
     checkpoint: CheckpointReport | None = None
     """The newest committed checkpoint."""
+    saves: SaveReport | None = None
+    """How saving goes; unset when nothing is saved."""
     checkpoint_requested_step: int | None = None
     """Step that the last request (POST /checkpoint) will save at; unset when none is pending."""
     restored_from: str | None = None

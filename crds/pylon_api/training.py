@@ -7,13 +7,36 @@ Limits that need a look at the data (vocabulary, files, devices) are the trainer
 from __future__ import annotations
 
 import enum
+import re
 from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from pylon_api.base import Spec, rule, rules
 
-Uri = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+_USERINFO = "://[^/@]*:[^/]*@"
+"""`user:password@` before the host. `container@account`, as Azure has it, holds no secret."""
+_USERINFO_REFUSED = (
+    "a URI must not hold a password, because everyone who may read the job would read it: "
+    "give the pods credentials from a Secret, as environment variables or a mounted file, by spec.template"
+)
+HIDDEN_INPUT = "hidden_input"
+"""Type of the validation errors whose input must not be shown."""
+
+
+def _refuse_userinfo(uri: str) -> str:
+    if re.search(_USERINFO, uri):
+        raise PydanticCustomError(HIDDEN_INPUT, _USERINFO_REFUSED)
+    return uri
+
+
+Uri = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=2048),
+    AfterValidator(_refuse_userinfo),
+    Field(json_schema_extra=rules(rule(f"!self.matches('{_USERINFO}')", _USERINFO_REFUSED))),
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 
@@ -435,7 +458,7 @@ class ConsensusSpec(Spec):
     """Exact: the plain sum, in float32. Int8, Int4: integers with a scale per block. Dct: the largest coefficients of a
     chunked cosine transform, a byte each. Sketch: a count-sketch with momentum and error feedback inside. SparseRows:
     the largest rows of embeddings, heads and codebooks, and Dct for all other matrices. Auto: whatever of these loses
-    least within bytesPerStep, by group of tensors, measured on the first steps."""
+    least within bytesPerStep (sketches left out), by group of tensors, measured on the first steps."""
     bytes_per_step: int | None = Field(default=None, ge=1, le=2**53)
     """Bytes that a rank may send in a step, all in, and as many that it may receive. Codecs with a size (Auto, Dct,
     Sketch, SparseRows) are given the largest that fits. Unset: 2,000,000 for those, no limit for Int8 and Int4. Exact
@@ -475,25 +498,82 @@ class ConsensusSpec(Spec):
         return self
 
 
+_ONE_CHECKPOINT = "/(latest|step-[0-9]{12}-attempt-[0-9]{6}-[0-9a-f]{8})/*$"
+_TWO_CHECKPOINTS = "uri names a checkpoint already: leave out step, or give uri without its last part"
+
+
 class RestoreSpec(Spec):
     """A checkpoint of another run to start from."""
 
     uri: Uri
-    """Directory of the other run's checkpoints (its status.checkpoint.uri), any fsspec URI."""
+    """Any fsspec URI: of one checkpoint (the other job's status.checkpoint.uri), or of the directory that holds all of
+    a run's, for the newest committed one; a last part `latest` says the same in a word."""
     step: Count | None = None
-    """Step to start from. Unset: the newest committed one."""
+    """Committed step to start from, where uri is a run's directory. Unset: the newest."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(f"!has(self.step) || !self.uri.matches('{_ONE_CHECKPOINT}')", _TWO_CHECKPOINTS),
+        )
+    )
+
+    @model_validator(mode="after")
+    def _names_one_checkpoint(self) -> Self:
+        if self.step is not None and re.search(_ONE_CHECKPOINT, self.uri):
+            raise ValueError(_TWO_CHECKPOINTS)
+        return self
+
+
+class LocalCheckpointSpec(Spec):
+    """Checkpoints on the disks of the nodes: read back in seconds while those nodes live, and no substitute for the
+    store."""
+
+    directory: Annotated[str, StringConstraints(pattern="^/", min_length=2, max_length=1024)]
+    """Absolute path in the pod of a volume that outlives it, for example a hostPath mounted by `template`. A job saves
+    below `<namespace>/<name>-<first 8 of its uid>` in it."""
+    keep: int = Field(default=1, ge=1, le=1000)
+    """Committed checkpoints to keep on each node, beside the one that is being written."""
+    interval_steps: int = Field(default=0, ge=0, le=2**53)
+    """Steps between checkpoints that stay on the nodes' disks, beside those that go to the store, each of which is
+    written here too; 0 for those alone."""
+
+
+class IntervalControl(enum.StrEnum):
+    FIXED = "Fixed"
+    YOUNG_DALY = "YoungDaly"
 
 
 class CheckpointSpec(Spec):
-    """Where and how often training is saved. Without a uri nothing is saved and a restart begins anew."""
+    """Where and how often training is saved. Without a uri nothing is saved and a restart begins anew.
+
+    Saving goes on beside training. Whichever interval ends first makes a checkpoint due; one that falls due while all
+    of hostMemoryBytes is taken by those before it waits, and then holds the newest step.
+    """
 
     uri: Uri
     """Root directory, any fsspec URI. A job saves under `<uri>/<namespace>/<name>-<first 8 of its uid>`, so jobs never
     share a directory."""
     interval_steps: int = Field(default=500, ge=0, le=2**53)
-    """Steps between checkpoints; 0 saves only at the end, on request and when stopped."""
+    """Steps between checkpoints, at most; 0 sets no limit in steps. With intervalSeconds 0 and intervalControl Fixed
+    too, training is saved only at the end, on request and when stopped."""
+    interval_seconds: int = Field(default=0, ge=0, le=31536000)
+    """Seconds between checkpoints, at most, by the clock of rank 0; 0 sets no limit in seconds."""
+    interval_control: IntervalControl = IntervalControl.FIXED
+    """Fixed: intervalSteps and intervalSeconds decide. YoungDaly: so does the interval that loses least time in all,
+    sqrt(2 x cost of a checkpoint x time between failures), from the measured cost and the failures of this job so
+    far."""
+    mean_seconds_between_failures: int = Field(default=21600, ge=1, le=31536000)
+    """YoungDaly only: the first guess of the time between failures of the whole gang, in seconds; it counts as one
+    failure beside those that this job has seen."""
+    host_memory_bytes: int | None = Field(default=None, ge=1048576, le=2**53)
+    """Host memory of one process for checkpoints on their way to the store; page-locked on CUDA. Unset: twice the
+    process's share of the state, and at most a quarter of the container's memory over its processes. With room for one
+    share, a checkpoint must be written before the next begins; with less, it goes through in pieces and training
+    waits for all but the last."""
     keep: int = Field(default=2, ge=1, le=1000)
     """Committed checkpoints to keep; an older one goes only after a newer one is durable."""
+    local: LocalCheckpointSpec | None = None
+    """A copy of the newest checkpoints on the nodes' own disks, from which a restart reads first. Unset: none."""
     restore_from: RestoreSpec | None = None
     """A checkpoint of another run to start from, when this job has none of its own yet."""
 

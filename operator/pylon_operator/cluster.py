@@ -32,6 +32,7 @@ from pylon_operator.children import Children
 from pylon_operator.errors import Refused
 from pylon_operator.events import EventPoster
 from pylon_operator.kinds import CONFIG_MAPS, JOBS, PODS, PYLON_JOBS, SERVICES
+from pylon_operator.local_checkpoints import refuse_lost_copies
 from pylon_operator.merge_patch import merge_patch
 from pylon_operator.observation import (
     Action,
@@ -207,6 +208,7 @@ class KubernetesCluster:
             case CreateAttempt(attempt):
                 token = token_for(self._token_key, job.metadata.uid)
                 *before, batch_job = build_attempt(job, attempt, default_image=self._default_image, token=token)
+                refuse_lost_copies(job.spec, batch_job)
                 await asyncio.gather(*(ensure(self._api, self._children, job, obj) for obj in before))
                 await ensure(self._api, self._children, job, batch_job)
             case DeleteAttempt(name, uid):

@@ -33,6 +33,7 @@ WARNINGS = frozenset(
     {
         Reason.BACKING_OFF,
         Reason.CHECKPOINT_TIMED_OUT,
+        Reason.SAVES_FAIL,
         Reason.INVALID_SPEC,
         Reason.USER_ERROR,
         Reason.FAILED_BY_RULE,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from rich.filesize import decimal
+
 from pylon_api.job import FailureRecord
 from pylon_api.names import Reason
-from pylon_api.run import CheckpointReport, TrainerStatus
+from pylon_api.run import CheckpointReport, SaveReport, TrainerStatus
 
 MAX_LENGTH = 500
 """Of a message taken over from a log: enough for a sentence, not for a page."""
@@ -82,7 +84,16 @@ def commit_timed_out(step: int | None, committed: CheckpointReport | None) -> st
 
 
 def committed(checkpoint: CheckpointReport) -> str:
-    return f"Step {checkpoint.step} at {checkpoint.uri}"
+    """Without its age, which would change the condition all the time."""
+    size = f", {decimal(checkpoint.size_bytes)}" if checkpoint.size_bytes is not None else ""
+    when = f", committed at {checkpoint.committed_time:%Y-%m-%d %H:%M:%S} UTC" if checkpoint.committed_time else ""
+    return f"Step {checkpoint.step} at {checkpoint.uri}{size}{when}"
+
+
+def saves_fail(saves: SaveReport, checkpoint: CheckpointReport | None) -> str:
+    count = "The last checkpoint" if saves.failed_in_row == 1 else f"The last {saves.failed_in_row} checkpoints"
+    kept = f"newest committed: {committed(checkpoint)}" if checkpoint else "none has ever been committed"
+    return f"{count} could not be saved: {last_line(saves.failure) or 'no reason given'}; {kept}"
 
 
 def pods_ready(ready: int, nodes: int, waiting: str | None) -> str:

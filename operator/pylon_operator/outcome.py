@@ -94,6 +94,12 @@ def _pods_ready(ready: int, nodes: int, waiting: str | None) -> State:
 
 def _checkpoint_ready(s: Situation, status: PylonJobStatus) -> State:
     type_ = ConditionType.CHECKPOINT_READY
+    saves = status.training.saves if status.training else None
+    last = find(s.status.conditions, type_)
+    if saves and saves.failed_in_row:
+        return State(type_, FALSE, Reason.SAVES_FAIL, messages.saves_fail(saves, status.checkpoint))
+    if last and last.reason == Reason.SAVES_FAIL and not (saves and saves.committed):
+        return State(type_, FALSE, Reason.SAVES_FAIL, last.message)  # the next attempt has yet to do better
     if status.checkpoint:
         return State(type_, TRUE, Reason.COMMITTED, messages.committed(status.checkpoint))
     if s.job.spec.training.checkpoint:

@@ -30,8 +30,9 @@ MOVING = {
     "bytes_per_step",
     "bytes_per_step_peak",
     "step_seconds",
+    "saves",
 }
-"""Fields that change with every answer of a healthy run."""
+"""Fields that change with every answer of a healthy run, or so often that they may wait their turn."""
 MISSED_POLLS = 3
 """So many silent polls and the last answer no longer counts."""
 

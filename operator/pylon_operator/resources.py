@@ -60,8 +60,10 @@ def labels_for(job: PylonJob, attempt: int) -> dict[str, str]:
 
 
 def grace_seconds(spec: PylonJobSpec) -> int:
-    """How long a pod may take to save and leave after SIGTERM."""
-    return max(MIN_GRACE_SECONDS, spec.checkpoint_timeout_seconds)
+    """How long a pod may take to save and leave after SIGTERM; the trainer is told the same."""
+    pod_spec = spec.template.get("spec")
+    own = pod_spec.get("terminationGracePeriodSeconds") if isinstance(pod_spec, dict) else None
+    return own if isinstance(own, int) else max(MIN_GRACE_SECONDS, spec.checkpoint_timeout_seconds)
 
 
 def run_config(job: PylonJob, attempt: int) -> RunConfig:
@@ -75,6 +77,8 @@ def run_config(job: PylonJob, attempt: int) -> RunConfig:
         processes_per_node=job.spec.processes,
         gpus_per_node=job.spec.gpus_per_node,
         topology_levels=job.spec.topology.levels,
+        failures=job.status.restarts,
+        run_seconds=job.status.active_seconds,
         training=job.spec.training,
     )
 

@@ -44,6 +44,15 @@ def test_numbers_that_json_lacks_are_refused(value: float) -> None:
         parse_job(manifest)
 
 
+def test_a_refused_password_is_not_repeated() -> None:
+    """The operator puts these words into a condition, where more people read them."""
+    manifest = minimal_job()
+    manifest["spec"]["training"]["checkpoint"] = {"uri": "s3://key:hunter2@bucket"}
+    with pytest.raises(ManifestError, match=r"^spec\.training\.checkpoint\.uri: .* from a Secret") as caught:
+        parse_job(manifest)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_key_without_json_form_is_one_line() -> None:
     manifest = minimal_job()
     manifest["spec"][("a", "b")] = 1

@@ -55,6 +55,11 @@ class AppliedJob:
         found = [obj["metadata"]["name"] for path in paths for obj in self._api.list(path)]
         return [name for name in found if name.startswith(self.name)]
 
+    def events(self) -> list[str]:
+        """Reason of each Event on it."""
+        found = self._api.list(f"/apis/events.k8s.io/v1/namespaces/{self.namespace}/events")
+        return [event["reason"] for event in found if event["regarding"].get("name") == self.name]
+
     def batch_jobs(self) -> list[str]:
         """Names of its batch Jobs that are not on their way out."""
         found = self._api.list(f"/apis/batch/v1/namespaces/{self.namespace}/jobs")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 import yaml
 from api import BlockingApi
@@ -36,13 +38,14 @@ def test_apply_stores_every_default(control_plane: Cluster, api: BlockingApi, na
 
 def test_columns_select_the_condition_by_type(control_plane: Cluster, namespace: str) -> None:
     control_plane.kubectl("apply", "--namespace", namespace, "--filename", "-", stdin=TEN_LINES)
+    an_hour_ago = datetime.now(UTC) - timedelta(hours=1, minutes=1)
     condition = {"observedGeneration": 1, "lastTransitionTime": "2026-01-01T00:00:00Z", "message": ""}
     status = {
         "ready": "2/2",
         "restarts": 1,
         "gate": "0.50",
         "training": {"step": 120, "loss": 2.125, "tokensPerSecond": 5120.7},
-        "checkpoint": {"step": 100, "uri": "./runs"},
+        "checkpoint": {"step": 100, "uri": "./runs", "committedTime": an_hour_ago.isoformat()},
         "conditions": [
             {"type": "Succeeded", "status": "Unknown", "reason": "InProgress", **condition},
             {"type": "Running", "status": "True", "reason": "Training", **condition},
@@ -52,13 +55,17 @@ def test_columns_select_the_condition_by_type(control_plane: Cluster, namespace:
         "patch", "pj", "quickstart", "--namespace", namespace, "--subresource=status", "--type=merge",
         "--patch", yaml.safe_dump({"status": status}),
     )  # fmt: skip
-    header, row = control_plane.kubectl("get", "pj", "--namespace", namespace).splitlines()
+    show = ("get", "pj", "--namespace", namespace)
+    header, row = control_plane.kubectl(*show).splitlines()
     assert header.split() == [
         "NAME", "SUCCEEDED", "REASON", "READY", "STEP", "LOSS", "TOKENS/S", "GATE", "CHECKPOINT", "RESTARTS", "AGE",
     ]  # fmt: skip
     assert row.split()[:-1] == [
         "quickstart", "Unknown", "InProgress", "2/2", "120", "2.125", "5120", "0.50", "100", "1",
     ]  # fmt: skip
+    wide, row = control_plane.kubectl(*show, "--output", "wide").splitlines()
+    assert wide.split()[-2:] == ["CHECKPOINT-AGE", "CHECKPOINT-URI"]
+    assert row.split()[-2:] == ["61m", "./runs"]
 
 
 def test_category_lists_jobs(control_plane: Cluster, namespace: str) -> None:

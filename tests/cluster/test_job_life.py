@@ -6,18 +6,21 @@ What needs a trainer that trains is in test_training.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from api import STRATEGIC_MERGE_PATCH, ApiError, BlockingApi
 from applied_job import Apply
 from control_plane import Cluster
+from local_jobs import fake_job
 from nodes import Nodes
 from operator_process import OperatorProcess
 from operator_roles import running_operator
 from waiting import wait_for
 
 from pylon_api import names
+from pylon_api.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("crd", "operator")
 
@@ -45,6 +48,13 @@ def manifest(command: list[str] | None = None, *, name: str = "life", **spec: An
         "metadata": {"name": name},
         "spec": defaults | spec,
     }
+
+
+def stand_in(directory: Path, **options: Any) -> dict[str, Any]:
+    """A job whose pods count steps and commit them to a file below `directory`."""
+    job = fake_job(directory, **options)
+    del job["metadata"]["namespace"]
+    return job
 
 
 def test_gpus_that_no_node_has(apply: Apply, nodes: Nodes) -> None:
@@ -129,6 +139,47 @@ def test_deleted_children_come_back(apply: Apply, control_plane: Cluster, namesp
     control_plane.kubectl("delete", "service/life-a1", "configmap/life-a1", "--namespace", namespace)
     wait_for(lambda: job.children().count("life-a1") == 3, 30, "Service, ConfigMap and Job")
     assert job.seen.status.attempt == 1
+
+
+def test_failing_saves_are_told_until_the_next_commit(apply: Apply, nodes: Nodes, tmp_path: Path) -> None:
+    nodes.add("node-0")
+    job = apply(stand_in(tmp_path, steps=1_000_000, step_seconds=0.02, commit_every=10))
+    job.wait_for_condition("CheckpointReady", "True", "Committed", "Step ", "2.0 MB")
+    refusal = tmp_path / "fake" / "refusal"
+
+    refusal.write_text("cannot write s3://bucket/runs: 503 Slow Down")
+    # A count may show itself ten seconds late, as steps do.
+    job.wait_for_condition("CheckpointReady", "False", "SavesFail", "503 Slow Down; newest committed: Step ")
+    assert job.condition("Running")[0] == "True", "training goes on"
+    kept = job.seen.status.checkpoint
+    refusal.unlink()
+
+    job.wait_for_condition("CheckpointReady", "True", "Committed")
+    assert kept is not None
+    assert job.seen.status.checkpoint.step > kept.step  # type: ignore[union-attr]  # there was one before
+    assert job.events().count("SavesFail") == 1, "once for all that failed in a row"
+
+
+def test_a_restart_counts_for_the_interval_of_checkpoints(
+    apply: Apply, api: BlockingApi, nodes: Nodes, namespace: str, tmp_path: Path
+) -> None:
+    nodes.add("node-0")
+    deaths = [{"attempt": 1, "step": 120, "code": 70}]
+    job = apply(stand_in(tmp_path, steps=1_000_000, step_seconds=0.02, commit_every=10, deaths=deaths))
+    job.wait(lambda seen: seen.status.attempt == 2 and seen.status.phase == "Running", "attempt 2 runs", 30)
+    stored = api.get(f"/api/v1/namespaces/{namespace}/configmaps/demo-a2")["data"]
+    config = RunConfig.model_validate_json(stored[names.CONFIG_FILE])
+    assert config.failures == 1
+    assert config.run_seconds >= 2, "120 steps of 20 ms"
+
+
+def test_a_local_directory_that_would_go_with_the_pod_ends_the_job_before_any_pod(apply: Apply, tmp_path: Path) -> None:
+    bad = stand_in(tmp_path)
+    bad["spec"]["training"]["checkpoint"]["local"] = {"directory": "/tmp/pylon/copies"}
+    job = apply(bad)
+    said = "spec.training.checkpoint.local.directory: the volume 'scratch' at /tmp/pylon (emptyDir) keeps nothing"
+    job.wait_for_condition("Succeeded", "False", "InvalidSpec", said)
+    assert job.batch_jobs() == []
 
 
 def test_an_eviction_is_told_from_a_failure(apply: Apply, api: BlockingApi, nodes: Nodes, namespace: str) -> None:

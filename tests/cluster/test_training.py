@@ -144,6 +144,15 @@ def test_a_killed_pod_restarts_the_gang_from_the_committed_step(
     assert seen.failures[0].pod == victim
     rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
     assert restored_step(nodes.logs(namespace, rank_zero)) >= committed
+    checkpoint = seen.checkpoint
+    assert checkpoint is not None
+    assert checkpoint.attempt == 2
+    assert checkpoint.step > committed
+    assert checkpoint.uri.startswith(f"file://{tmp_path}/checkpoints/{namespace}/tree-")
+    assert checkpoint.size_bytes
+    assert checkpoint.committed_time
+    said = r"Step \d+ at file://\S+-attempt-000002-\w+, [\d.]+ kB, committed at [-\d]+ [:\d]+ UTC"
+    assert re.fullmatch(said, job.condition("CheckpointReady")[2])
     assert all(pod.startswith("tree-a2-") for pod in nodes.live_pods(namespace)), "one gang lives"
 
 
@@ -166,6 +175,28 @@ def test_a_dead_node_holds_up_neither_job_nor_next_attempt(
     assert [pod.node for pod in nodes.pods() if pod.namespace == namespace] == ["node-1"]
     rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
     assert restored_step(nodes.logs(namespace, rank_zero)) >= committed
+
+
+def test_a_pod_that_is_told_to_go_saves_first(
+    apply: Apply, control_plane: Cluster, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+) -> None:
+    """The whole gang does, at one agreed step, within the grace of the one pod."""
+    nodes.add("node-0", gpus=8)
+    job_manifest = manifest(text, tmp_path, steps=ENDLESS, nodes=2)
+    job_manifest["spec"]["training"]["checkpoint"]["intervalSteps"] = 0
+    job = apply(job_manifest)
+    job.wait_for_step(20)
+
+    victim = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a1-1"))
+    control_plane.kubectl("--namespace", namespace, "delete", "pod", victim, "--wait=false")
+
+    job.wait(lambda seen: seen.status.attempt == 2 and seen.status.checkpoint, "attempt 2 knows of the checkpoint")
+    checkpoint = job.seen.status.checkpoint
+    assert checkpoint is not None
+    assert checkpoint.attempt == 1
+    job.wait_for_step(checkpoint.step + 1)
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
+    assert restored_step(nodes.logs(namespace, rank_zero)) == checkpoint.step >= 20
 
 
 def test_suspend_saves_first_and_resume_goes_on(
@@ -193,6 +224,47 @@ def test_suspend_saves_first_and_resume_goes_on(
     assert restored_step(nodes.logs(namespace, rank_zero)) >= suspended.checkpoint.step
     assert job.seen.status.restarts == 0, "a resume is no restart"
     assert job.condition("Suspended")[0] == "False"
+
+
+def test_training_goes_on_while_its_store_refuses(
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+) -> None:
+    """A file stands where the directory of checkpoints was, so that nothing can be written below it."""
+    nodes.add("node-0", gpus=8)
+    job = apply(manifest(text, tmp_path, steps=ENDLESS))
+    job.wait_for_commit()
+    store, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+
+    store.rename(elsewhere)
+    store.touch()
+
+    job.wait_for_condition("CheckpointReady", "False", "SavesFail", "newest committed: Step ")
+    step = job.seen.status.training.step  # type: ignore[union-attr]  # it has trained: it has committed
+    job.wait_for_step(step + 20)
+    store.unlink()
+    elsewhere.rename(store)
+    job.wait_for_condition("CheckpointReady", "True", "Committed")
+    assert (job.seen.status.attempt, job.seen.status.restarts) == (1, 0)
+    assert job.events().count("SavesFail") == 1
+
+
+def test_a_job_begins_where_another_has_ended(
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+) -> None:
+    nodes.add("node-0", gpus=8)
+    first = apply(manifest(text, tmp_path, name="first", steps=20))
+    first.wait(lambda seen: seen.status.completion_time, "the end of the first")
+    ended = first.seen.status.checkpoint
+    assert ended is not None
+
+    second = manifest(text, tmp_path, name="second", steps=ENDLESS)
+    newest = ended.uri.rpartition("/")[0] + "/latest"
+    second["spec"]["training"]["checkpoint"]["restoreFrom"] = {"uri": newest}
+    job = apply(second)
+    job.wait_for_step(21)
+
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("second-a1-0"))
+    assert f"step=20 restored={ended.uri}" in nodes.logs(namespace, rank_zero)
 
 
 def test_training_goes_on_while_the_operator_is_dead(

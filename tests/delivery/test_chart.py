@@ -6,13 +6,22 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pylon_api.run import DifficultyReport, GateDecision, GateReport, Histogram, TrainerStatus
+from pylon_api.run import (
+    CheckpointReport,
+    DifficultyReport,
+    GateDecision,
+    GateReport,
+    Histogram,
+    SaveReport,
+    TrainerStatus,
+)
 from pylon_operator import permissions
 from pylon_operator.commands.operator import command as operator_command
 from pylon_trainer.metrics import StatusCollector
@@ -197,7 +206,10 @@ def test_dashboards_ask_for_metrics_that_a_trainer_serves(render: Render) -> Non
     counts = Histogram(bounds=[1], counts=[1, 0], sum=1)
     status = TrainerStatus(uid="u", attempt=1, loss=2, held_out_loss=2, tokens_per_second=100, gate=gate)
     difficulty = DifficultyReport(gradient_norm=counts, entropy=counts)
-    board = Board(status.model_copy(update={"difficulty": difficulty}))
+    saved = CheckpointReport(step=1, uri="u", size_bytes=1, committed_time=datetime.now(UTC))
+    saves = SaveReport(stall_seconds=0.1, write_seconds=1)
+    more = {"difficulty": difficulty, "checkpoint": saved, "saves": saves}
+    board = Board(status.model_copy(update=more))
     served = {sample.name for metric in StatusCollector(board).collect() for sample in metric.samples}
     assert asked
     assert asked <= served

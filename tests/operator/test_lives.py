@@ -218,6 +218,7 @@ async def test_each_transition_is_one_event() -> None:
         "Training",
         "Committed",
         "BackingOff",
+        "Restarting",
         "Created",
         "AllPodsReady",
         "Training",

@@ -22,7 +22,15 @@ from operator_builders import (
 
 from pylon_api.job import ConditionStatus, FailurePolicy, FailureRecord, TrainingProgress
 from pylon_api.names import ConditionType, Reason
-from pylon_api.run import DifficultyReport, GateDecision, GateReport, Histogram, TrainerPhase
+from pylon_api.run import (
+    CheckpointReport,
+    DifficultyReport,
+    GateDecision,
+    GateReport,
+    Histogram,
+    SaveReport,
+    TrainerPhase,
+)
 from pylon_operator.errors import Refused
 from pylon_operator.observation import (
     AnnotateTopology,
@@ -235,6 +243,81 @@ def test_checkpoint_ready(training: dict[str, Any], checkpoint: Any, status: str
     assert (found.status, found.reason) == (status, reason)
 
 
+def saving(committed: int = 0, failed_in_row: int = 0, failure: str = "") -> dict[str, Any]:
+    """A trainer's word on its saves, among its others."""
+    return {"saves": SaveReport(committed=committed, failed_in_row=failed_in_row, failure=failure)}
+
+
+FULL = "cannot write s3://bucket/runs/demo: no space left there"
+
+
+@pytest.mark.parametrize(
+    ("saves", "known", "message"),
+    [
+        (
+            saving(3, 1, FULL),
+            a_checkpoint(50),
+            f"The last checkpoint could not be saved: {FULL}; newest committed: Step 50 at s3://bucket/runs/step-50",
+        ),
+        (
+            saving(0, 4, f"a line above\n{FULL}"),
+            None,
+            f"The last 4 checkpoints could not be saved: {FULL}; none has ever been committed",
+        ),
+    ],
+)
+def test_failing_saves_are_told_with_the_stores_words(saves: dict[str, Any], known: Any, message: str) -> None:
+    decision = Scene().running().recorded(checkpoint=known).trainer(**saves).decide()
+    found = condition(decision, ConditionType.CHECKPOINT_READY)
+    assert (found.status, found.reason, found.message) == ("False", "SavesFail", message)
+    assert ("Warning", "SavesFail") in events(decision)
+
+
+def test_a_run_of_failing_saves_is_one_event_and_ends_with_the_next_commit_even_of_a_later_attempt() -> None:
+    scene = Scene().running().recorded(checkpoint=a_checkpoint(50)).trainer(**saving(1, 1, FULL))
+    first = scene.decide()
+    row = Scene().running().recorded(**dict(first.status)).trainer(**saving(1, 2, FULL)).decide()
+    assert not {"SavesFail", "Committed"} & {reason for _, reason in events(row)}
+    assert "The last 2 checkpoints" in condition(row, ConditionType.CHECKPOINT_READY).message
+
+    again = Scene().recorded(**dict(row.status)).running(attempt=2).trainer(**saving(0)).decide()
+    assert condition(again, ConditionType.CHECKPOINT_READY).reason == "SavesFail", "nothing has shown that it is over"
+    saved = Scene().recorded(**dict(again.status)).running(attempt=2)
+    decision = saved.trainer(**saving(1), checkpoint=a_checkpoint(60)).decide()
+    found = condition(decision, ConditionType.CHECKPOINT_READY)
+    assert (found.status, found.reason) == ("True", "Committed")
+    assert ("Normal", "Committed") in events(decision)
+
+
+def test_the_condition_tells_step_place_size_and_time_of_the_newest_checkpoint_and_not_its_age() -> None:
+    checkpoint = CheckpointReport(step=50, uri="s3://b/step-50", size_bytes=1_234_000_000, committed_time=ago(600))
+    scene = Scene().running().trainer(checkpoint=checkpoint)
+    decision = scene.decide()
+    said = condition(decision, ConditionType.CHECKPOINT_READY).message
+    assert said == "Step 50 at s3://b/step-50, 1.2 GB, committed at 2026-03-01 11:50:00 UTC"
+    assert decision.status.checkpoint == checkpoint
+    assert condition(scene.decide(ago(-3600)), ConditionType.CHECKPOINT_READY).message == said
+
+
+@pytest.mark.parametrize(
+    ("known", "told", "newest"),
+    [
+        ((1, 50), (1, 60), (1, 60)),
+        ((1, 60), (1, 50), (1, 60)),
+        ((1, 60), (2, 50), (2, 50)),
+        ((2, 50), (1, 60), (2, 50)),
+    ],
+)
+def test_a_later_attempts_checkpoint_is_newer(
+    known: tuple[int, int], told: tuple[int, int], newest: tuple[int, int]
+) -> None:
+    """It went on from the newest whole one, so that what lies ahead of it belongs to a past that was damaged."""
+    recorded, report = (CheckpointReport(attempt=attempt, step=step, uri="u") for attempt, step in (known, told))
+    found = Scene().running(attempt=2).recorded(checkpoint=recorded).trainer(checkpoint=report).decide()
+    assert found.status.checkpoint is not None
+    assert (found.status.checkpoint.attempt, found.status.checkpoint.step) == newest
+
+
 def test_pods_on_a_node_learn_their_topology_once() -> None:
     scene = Scene().recorded(attempt=1).batch_job()
     scene.pod(0, topology=None).pod(1, topology=None, node=None)
@@ -256,7 +339,7 @@ def test_a_failure_and_the_next_number_are_one_write_and_nothing_is_deleted_yet(
     assert decision.requeue_after_seconds == 0
     assert (status.attempt, status.attempt_job_uid, status.restarts) == (2, None, 1)
     assert [(f.attempt, f.reason, f.exit_code) for f in status.failures] == [(1, "Internal", 70)]
-    assert status.next_attempt_time == ago(-10)
+    assert status.next_attempt_time == ago(0), "the first restart is at once"
     assert status.active_seconds == 40, "until the pod died, not until it was noticed"
     assert events(decision) == [("Warning", "BackingOff")]
     assert (status.phase, status.ready) == ("Restarting", "0/2")

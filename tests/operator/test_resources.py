@@ -90,6 +90,22 @@ def test_pods_get_time_to_save(timeout: int, grace: int) -> None:
     assert pod(checkpoint_timeout_seconds=timeout)["spec"]["terminationGracePeriodSeconds"] == grace
 
 
+def test_the_trainer_is_told_the_grace_that_its_pod_has() -> None:
+    """A container that trusts in more time than it gets is killed while it saves."""
+    for spec in ({}, {"template": {"spec": {"terminationGracePeriodSeconds": 900}}}):
+        built = pod(checkpoint_timeout_seconds=60, **spec)["spec"]
+        told = {entry["name"]: entry.get("value") for entry in built["containers"][0]["env"]}[names.ENV_GRACE_SECONDS]
+        assert told == str(built["terminationGracePeriodSeconds"]) == ("900" if spec else "60")
+
+
+def test_the_trainer_learns_how_often_its_job_has_failed() -> None:
+    """From which it knows how often to save."""
+    job = a_job()
+    job = job.model_copy(update={"status": job.status.model_copy(update={"restarts": 3, "active_seconds": 7200})})
+    config = RunConfig.model_validate_json(objects(job)["ConfigMap"]["data"]["run.json"])
+    assert (config.failures, config.run_seconds) == (3, 7200)
+
+
 @pytest.mark.parametrize(
     ("spec", "image"),
     [

@@ -44,7 +44,7 @@ def full_job() -> Json:
         "batch": {},
         "gating": {},
         "consensus": {},
-        "checkpoint": {"uri": "./runs", "restoreFrom": {"uri": "./other"}},
+        "checkpoint": {"uri": "./runs", "local": {"directory": "/var/pylon"}, "restoreFrom": {"uri": "./other"}},
         "evaluation": {},
         "export": {},
     }
@@ -206,6 +206,8 @@ CONSENSUS = "spec.training.consensus"
 GATING = f"{TRAINING}.gating"
 FALLING = {"ratioControl": "Fixed", "tokenRatio": 0.5, "finalTokenRatio": 0.25, "decaySteps": 100}
 NAME = "metadata.name"
+RESTORE = f"{TRAINING}.checkpoint.restoreFrom"
+CHECKPOINT = "step-000000000500-attempt-000001-0a1b2c3d"
 
 RULE_CASES = [
     Case("the minimal job's parts are all optional", {}),
@@ -256,6 +258,14 @@ RULE_CASES = [
         "export on its own",
         {f"{TRAINING}.export": {"format": "HuggingFace", "uri": "./e"}, f"{TRAINING}.checkpoint": REMOVED},
     ),
+    Case("checkpoints by cost", {f"{TRAINING}.checkpoint": {"uri": "./r", "intervalControl": "YoungDaly"}}),
+    Case("checkpoints by the clock", {f"{TRAINING}.checkpoint": {"uri": "./r", "intervalSeconds": 60}}),
+    Case("checkpoints on local disks", {f"{TRAINING}.checkpoint": {"uri": "./r", "local": {"directory": "/ssd"}}}),
+    Case(
+        "checkpoints on local disks somewhere",
+        {f"{TRAINING}.checkpoint": {"uri": "./r", "local": {"directory": "ssd"}}},
+        f"{TRAINING}.checkpoint.local.directory",
+    ),
     Case("a gate by its score alone", {GATING: {"strategy": "GradientNorm"}}),
     Case("a gate of before the closed loop", {GATING: {"strategy": "GradientNorm", "tokenRatio": 0.25}}),
     Case("an unknown score", {GATING: {"strategy": "Luck"}}, f"{GATING}.strategy"),
@@ -302,6 +312,25 @@ RULE_CASES = [
         {GATING: {"granularity": "Sequence", "routerLayers": 5}, f"{TRAINING}.model": {"layers": 4}},
         "must not exceed model.layers",
     ),
+    Case("a container of an account", {f"{TRAINING}.checkpoint.uri": "abfs://runs@account.dfs.core.windows.net/a"}),
+    Case("a port and an at sign", {f"{TRAINING}.data.train": ["https://host:8080/books@2/*.txt"]}),
+    *(
+        Case(f"a password in {field}", {f"{TRAINING}.{field}": value}, "a URI must not hold a password")
+        for field, value in {
+            "data.train": ["a.txt", "s3://key:secret@bucket/*.txt"],
+            "data.heldOut": ["simplecache::https://me:secret@host/a"],
+            "data.tokenizer": {"kind": "File", "uri": "ftp://me:secret@host/t.json"},
+            "checkpoint.uri": "s3://key:secret@bucket",
+            "checkpoint.restoreFrom.uri": "https://:secret@host/runs",
+            "export.uri": "sftp://me:secret@host/e",
+        }.items()
+    ),
+    Case("the newest of a run", {RESTORE: {"uri": "s3://b/runs/team/demo-5f3a9c1e/latest"}}),
+    Case("a step of a run", {RESTORE: {"uri": "s3://b/runs/team/demo-5f3a9c1e", "step": 500}}),
+    Case("one checkpoint", {RESTORE: {"uri": f"s3://b/runs/team/demo-5f3a9c1e/{CHECKPOINT}"}}),
+    Case("a run called latest", {RESTORE: {"uri": "latest", "step": 500}}),
+    Case("a step of the newest", {RESTORE: {"uri": "./runs/latest/", "step": 500}}, "names a checkpoint already"),
+    Case("a step of a checkpoint", {RESTORE: {"uri": f"./{CHECKPOINT}", "step": 500}}, "names a checkpoint already"),
     Case("a failure rule by exit code", {"spec.failurePolicy.rules": [{"action": "Fail", "exitCodes": [1]}]}),
     Case("a failure rule by reason", {"spec.failurePolicy.rules": [{"action": "Fail", "podReasons": ["Evicted"]}]}),
     Case("a failure rule without selector", {"spec.failurePolicy.rules": [{"action": "Fail"}]}, "needs exitCodes or"),

@@ -2,6 +2,7 @@
 
 It reads what a real one reads (PYLON_CONFIG, PET_NODE_RANK, PYLON_STATUS_HOST, ...) and this environment:
 FAKE_STATE, a directory for its checkpoint; FAKE_STEP_SECONDS; FAKE_COMMIT_EVERY steps (0: only when asked);
+FAKE_REFUSAL, a file that, while it is there, makes saves fail with its text;
 FAKE_DEATHS, JSON list of {"attempt": 1, "step": 5, "rank": 0, "code": 70}, where attempt 0 means any and a
 negative code a signal.
 """
@@ -23,6 +24,7 @@ RANK = int(os.environ["PET_NODE_RANK"])
 STATE = Path(os.environ["FAKE_STATE"])
 STATE.mkdir(parents=True, exist_ok=True)
 COMMITTED = STATE / "committed"
+REFUSAL = Path(os.environ.get("FAKE_REFUSAL", STATE / "refusal"))
 TOTAL = CONFIG["training"]["schedule"]["steps"]
 TOKEN = Path(os.environ["PYLON_TOKEN_FILE"]).read_text()
 
@@ -34,9 +36,15 @@ def restored() -> int:
 step = restored()
 asked = threading.Event()
 stopping = threading.Event()
+saves: dict[str, Any] = {"committed": 0, "failed": 0, "failedInRow": 0, "failure": ""}
 
 
 def commit() -> None:
+    if REFUSAL.exists():
+        row = saves["failedInRow"] + 1
+        saves.update(failed=saves["failed"] + 1, failedInRow=row, failure=REFUSAL.read_text())
+        return
+    saves.update(committed=saves["committed"] + 1, failedInRow=0, failure="")
     fresh = STATE / f".committed-{os.getpid()}"
     fresh.write_text(str(step))
     fresh.replace(COMMITTED)
@@ -56,7 +64,8 @@ def status(phase: str = "Training") -> dict[str, Any]:
         "tokensPerSecond": 12345.0,
         "gate": {"decision": "Gated", "reason": "as set", "ratio": 0.5, "savedFlopsRatio": 0.333},
         "stepSeconds": float(os.environ.get("FAKE_STEP_SECONDS", "0.01")),
-        "checkpoint": {"step": saved, "uri": str(COMMITTED)} if saved else None,
+        "checkpoint": {"step": saved, "uri": str(COMMITTED), "sizeBytes": 2_000_000} if saved else None,
+        "saves": dict(saves),
         "notices": json.loads(os.environ.get("FAKE_NOTICES", "[]")),
         "sample": "def fake(): pass" if phase == "Finished" else None,
         "exportUri": str(STATE / "export") if phase == "Finished" else None,
@@ -109,7 +118,8 @@ while len(list(STATE.glob(f"present-{CONFIG['attempt']}-*"))) < CONFIG["nodes"]:
         leave(75, "Stopped", "asked to stop before the gang had met")
     time.sleep(0.01)
 every = int(os.environ.get("FAKE_COMMIT_EVERY", "0"))
-print("fake trainer: attempt", CONFIG["attempt"], "rank", RANK, "from step", step, flush=True)
+print(f"fake trainer: attempt {CONFIG['attempt']} rank {RANK} from step {step}", flush=True)
+print(f"after {CONFIG.get('failures', 0)} failures", flush=True)
 while step < TOTAL:
     die_if_told_to()
     time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0.01")))

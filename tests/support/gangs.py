@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -18,9 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pylon_api import names
 from pylon_api.run import RunConfig, TerminationReport, TrainerStatus
 from pylon_trainer import launcher, worker
+from pylon_trainer.checkpoint.saver import Saver
+from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.runtime import processes
 
 DEADLINE_SECONDS = 90.0
@@ -162,6 +167,38 @@ def start_gang(directory: Path, config: dict[str, Any], environment: dict[str, s
 
         pods.append(Pod(fork(run), place))
     return pods
+
+
+def spawn_pod(directory: Path, config: dict[str, Any]) -> subprocess.Popen[str]:
+    """A pod of its own, as a container runs it: nothing of this process is in it."""
+    prepare_pod(directory, config)
+    variables = pod_environment(directory, 0, free_port()) | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pylon_trainer.launcher"],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every checkpoint committed before the next step begins, so that a test can say which there are: steps of
+    such tiny models are shorter than the writing of a file."""
+    end_step = Saver.end_step
+
+    def patched(saver: Saver, training_seconds: float) -> None:
+        end_step(saver, training_seconds)
+        if saver._pipeline is not None:
+            saver._drain(saver._pipeline)
+
+    monkeypatch.setattr(Saver, "end_step", patched)
+
+
+def write_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers write checkpoints in threads of their own, where a test can change what a store does."""
+    monkeypatch.setattr(WriterHandle, "open", lambda arena, _: WriterHandle.in_thread(arena))
 
 
 def run_gang(directory: Path, config: dict[str, Any], environment: dict[str, str] | None = None) -> list[int]:

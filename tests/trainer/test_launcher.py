@@ -6,8 +6,6 @@ import errno
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gangs import free_port, pod_environment, prepare_pod, run_pod, start_gang
+from gangs import run_pod, save_at_once, spawn_pod, start_gang, write_within
 
 from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_api.run import TerminationReport
 from pylon_trainer import launcher, worker
-from pylon_trainer.checkpoint.storage import Storage
+from pylon_trainer.checkpoint import disk
 from pylon_trainer.run import Run
 
 MakeConfig = Callable[..., dict[str, Any]]
@@ -75,7 +73,7 @@ def test_bad_input_ends_with_one_line_and_no_trace(
     exit_code: int,
     words: list[str],
 ) -> None:
-    monkeypatch.setattr("pylon_trainer.checkpoint.storage.RETRY_DELAYS_SECONDS", ())
+    monkeypatch.setattr("pylon_trainer.checkpoint.retries.RETRY_DELAYS_SECONDS", ())
     ended, pod = run_pod(tmp_path, make_config(**change))
     assert ended == exit_code, pod.log
     assert all(word in pod.report.message for word in words), pod.report.message
@@ -103,19 +101,24 @@ def test_a_rendezvous_port_in_use_is_named(tmp_path: Path, make_config: MakeConf
 def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write: Callable[[Storage, str, bytes], None] = Storage._write
+    write_all = disk._write_all
 
-    def full(self: Storage, path: str, data: bytes) -> None:
-        if "step-000000000006" in path and path.endswith("optimizer.safetensors"):
+    def full(descriptor: int, data: memoryview, offset: int) -> None:
+        file = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        if "/step-" in file and "step-000000000003" not in file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, path, data)
+        write_all(descriptor, data, offset)
 
-    monkeypatch.setattr(Storage, "_write", full)
+    save_at_once(monkeypatch)
+    write_within(monkeypatch)
+    monkeypatch.setattr(disk, "_write_all", full)
     exit_code, pod = run_pod(tmp_path, make_config())
     assert exit_code == ExitCode.STORAGE
     assert "no space left there" in pod.report.message
     assert "Traceback" not in pod.log
     assert [path.name[:17] for path in checkpoints.glob("step-*")] == ["step-000000000003"]
+    assert pod.final.saves is not None
+    assert (pod.final.saves.committed, pod.final.saves.failed_in_row) == (1, 2)
 
 
 def test_the_exit_code_gets_through_when_not_even_a_report_can_be_written(
@@ -140,21 +143,27 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_first_field(tmp_path: P
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
-    tmp_path: Path, make_config: MakeConfig, checkpoints: Path
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    save_at_once(monkeypatch)
     assert run_pod(tmp_path, make_config())[0] == 0
     newest = max(checkpoints.glob("step-*"))
-    data = bytearray((newest / "model.safetensors").read_bytes())
+    data = bytearray((newest / "rank-00001.safetensors").read_bytes())
     data[-1] ^= 1
-    (newest / "model.safetensors").write_bytes(data)
+    (newest / "rank-00001.safetensors").write_bytes(data)
     exit_code, pod = run_pod(tmp_path, make_config(attempt=2))
     assert exit_code == 0, pod.log
-    assert pod.final.notices == [f"passed over {newest}: checksum of model.safetensors differs"]
+    assert pod.final.notices == [
+        f"passed over {newest}: checksum of rank-00001.safetensors differs in part 0, bytes 0 to {len(data)}"
+    ]
     assert pod.final.restored_from is not None
     assert "step-000000000006" in pod.final.restored_from
 
 
-def test_another_runs_checkpoint_is_a_start(tmp_path: Path, make_config: MakeConfig, checkpoints: Path) -> None:
+def test_another_runs_checkpoint_is_a_start(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at_once(monkeypatch)
     assert run_pod(tmp_path, make_config())[0] == 0
     place = {"uri": str(tmp_path / "elsewhere"), "restoreFrom": {"uri": str(checkpoints), "step": 6}}
     exit_code, pod = run_pod(tmp_path / "other", make_config(checkpoint=place, batch={"sequences": 8}))
@@ -243,22 +252,8 @@ def test_a_topology_that_never_comes_is_done_without(
     assert "every node counts alone" in pod.log
 
 
-def command(directory: Path, config: dict[str, Any]) -> subprocess.Popen[str]:
-    """A pod as a container runs it."""
-    prepare_pod(directory, config)
-    variables = pod_environment(directory, 0, free_port()) | {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pylon_trainer.launcher"],
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def test_by_command_line_a_bad_configuration_is_refused_in_a_moment(tmp_path: Path, make_config: MakeConfig) -> None:
-    pod = command(tmp_path / "pod", make_config(batch={"sequences": 3}))
+    pod = spawn_pod(tmp_path / "pod", make_config(batch={"sequences": 3}))
     output, errors = pod.communicate(timeout=60)
     assert (pod.returncode, output) == (ExitCode.BAD_CONFIG, "")
     assert errors.startswith("pylon: BadConfig: training.batch.sequences 3")
@@ -269,7 +264,7 @@ def test_by_command_line_a_bad_configuration_is_refused_in_a_moment(tmp_path: Pa
 
 @pytest.mark.slow
 def test_by_command_line_a_pod_trains(tmp_path: Path, make_config: MakeConfig) -> None:
-    pod = command(tmp_path / "pod", make_config())
+    pod = spawn_pod(tmp_path / "pod", make_config())
     output, errors = pod.communicate(timeout=240)
     assert (pod.returncode, errors) == (0, "")
     assert "step=8 loss=" in output

@@ -19,8 +19,9 @@ from gangs import run_pod, start_gang
 from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_trainer import worker
-from pylon_trainer.checkpoint.checkpointer import Checkpointer
+from pylon_trainer.checkpoint.destination import Destination
 from pylon_trainer.checkpoint.saver import Saver
+from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.run import Run
 from pylon_trainer.runtime import stalls
@@ -55,7 +56,9 @@ LOST = [
     pytest.param(Saver, "restore", 1, id="before the first step"),
     pytest.param(Run, "advance", 3, id="between batch and backward"),
     pytest.param(ExactExchange, "exchange", 3, id="between backward and exchange"),
-    pytest.param(Saver, "save", 1, id="before a checkpoint"),
+    pytest.param(Saver, "_begin", 1, id="before a checkpoint"),
+    pytest.param(Destination, "_commit", 1, id="before a commit"),
+    pytest.param(Saver, "finish", 1, id="before the end"),
 ]
 
 
@@ -102,7 +105,7 @@ def test_a_kill_at_any_moment_hangs_nobody(
 def test_rank_0_killed_while_it_saves_leaves_no_checkpoint(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    die_in(monkeypatch, Checkpointer, "_commit", rank="0")
+    die_in(monkeypatch, WriterHandle, "commit", rank="0")
     codes = [pod.wait() for pod in start_gang(tmp_path, make_config(nodes=2, processes=1))]
     assert codes == [128 + signal.SIGKILL, ExitCode.PEER_LOST]
     assert not list(checkpoints.glob("step-*/COMMITTED"))

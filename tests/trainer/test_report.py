@@ -14,6 +14,7 @@ from pylon_api.run import (
     GateDecision,
     GateReport,
     Histogram,
+    SaveReport,
     TerminationReport,
     TrainerStatus,
 )
@@ -78,6 +79,16 @@ def test_histograms_go_before_anything_that_people_read() -> None:
     status = status.model_copy(update={"gate": GateReport(decision=GateDecision.PLAIN, reason="early", ratio=1)})
     text = fit(describe(0, "").model_copy(update={"final": status}))
     assert TerminationReport.model_validate_json(text).final == status.model_copy(update={"difficulty": None})
+
+
+def test_a_stores_long_words_do_not_cost_the_checkpoint() -> None:
+    checkpoint = CheckpointReport(step=7, uri="s3://bucket/step-7")
+    saves = SaveReport(failed_in_row=1, failure="x" * 9000)
+    status = TrainerStatus(uid="u", attempt=1, step=9, checkpoint=checkpoint, saves=saves)
+    final = TerminationReport.model_validate_json(fit(describe(74, "").model_copy(update={"final": status}))).final
+    assert final is not None
+    assert final.saves is not None
+    assert (final.checkpoint, final.saves.failure) == (checkpoint, "x" * 200)
 
 
 def test_a_small_report_keeps_its_whole_status() -> None:

@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pylon_api.run import (
     GateDecision,
     GateReport,
     Histogram,
+    SaveReport,
     TrainerPhase,
     TrainerStatus,
 )
@@ -92,6 +94,26 @@ def test_metrics_are_the_same_numbers_for_prometheus(url: str, board: Board) -> 
     ):
         assert line in lines
     assert not any(line.startswith("pylon_trainer_held_out_loss ") for line in lines)
+
+
+def test_saves_are_in_the_metrics(url: str, board: Board) -> None:
+    time = datetime(2026, 3, 1, tzinfo=UTC)
+    board.saved(CheckpointReport(step=4, uri="s3://bucket/4", size_bytes=5000, committed_time=time))
+    board.update(
+        saves=SaveReport(committed=7, failed=3, failed_in_row=2, put_off=1, stall_seconds=0.25, failure="full")
+    )
+    lines = call(f"{url}/metrics")[1].splitlines()
+    for line in (
+        "pylon_trainer_checkpoint_size_bytes 5000.0",
+        "pylon_trainer_checkpoint_committed_timestamp_seconds 1.7723232e+09",
+        "pylon_trainer_saves_committed_total 7.0",
+        "pylon_trainer_saves_failed_total 3.0",
+        "pylon_trainer_saves_failed_in_row 2.0",
+        "pylon_trainer_saves_put_off_total 1.0",
+        "pylon_trainer_saves_stall_seconds 0.25",
+    ):
+        assert line in lines
+    assert not any(line.startswith("pylon_trainer_saves_write_seconds ") for line in lines), "nothing measured yet"
 
 
 def test_the_gate_is_in_status_and_metrics(url: str, board: Board) -> None:

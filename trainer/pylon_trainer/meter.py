@@ -45,6 +45,8 @@ class Meter:
         self._tally = torch.zeros(difficulty.SHAPE, dtype=torch.float64, device=world.device)
         self._peak_bytes = 0
         self._last_bytes = world.traffic.bytes
+        self.training_seconds = 0.0
+        """Since training began, without pauses."""
         self._reset()
 
     def _reset(self) -> None:
@@ -72,8 +74,8 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time and bytes in here are no step's: an evaluation or a checkpoint. Waits for the device first, whose lag
-        counts towards the steps before."""
+        """Time and bytes in here are no step's: an evaluation. Waits for the device first, whose lag counts towards the
+        steps before."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
         self._count_time()
@@ -108,4 +110,5 @@ class Meter:
     def _count_time(self) -> None:
         now = time.perf_counter()
         self._seconds += now - self._last_time
+        self.training_seconds += now - self._last_time
         self._last_time = now

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pylon_api.run import DifficultyReport, GateDecision, GateReport, Histogram, TrainerPhase, TrainerStatus
+from pylon_api.base import Report
+from pylon_api.run import (
+    CheckpointReport,
+    DifficultyReport,
+    GateDecision,
+    GateReport,
+    Histogram,
+    SaveReport,
+    TrainerPhase,
+    TrainerStatus,
+)
 
 if TYPE_CHECKING:
     from pylon_trainer.status import Board
@@ -33,6 +43,24 @@ _GATE_GAUGES = {
     "saved_flops_ratio": "Share of a plain step's floating-point operations that a step spares.",
 }
 
+_CHECKPOINT_GAUGES = {
+    "step": "Step of the newest committed checkpoint.",
+    "size_bytes": "Bytes of all files of the newest committed checkpoint.",
+}
+
+_SAVE_GAUGES = {
+    "failed_in_row": "Checkpoints given up since the last commit.",
+    "stall_seconds": "Seconds that the last checkpoint kept training from going on.",
+    "write_seconds": "Seconds from the beginning of the last committed checkpoint to its commit.",
+    "interval_steps": "Steps between checkpoints by the interval now in force.",
+}
+
+_SAVE_COUNTERS = {
+    "committed": "Checkpoints committed.",
+    "failed": "Checkpoints given up because a store or disk refused them.",
+    "put_off": "Checkpoints that had to wait for those before them.",
+}
+
 
 class StatusCollector(Collector):
     """Metrics named pylon_trainer_<field>; fields that are not known yet are left out."""
@@ -44,6 +72,10 @@ class StatusCollector(Collector):
         """One scrape."""
         status = self._board.status
         yield from _progress(status)
+        if status.checkpoint is not None:
+            yield from _checkpoint(status.checkpoint)
+        if status.saves is not None:
+            yield from _saves(status.saves)
         if status.gate is not None:
             yield from _gate(status.gate)
         if status.difficulty is not None:
@@ -57,13 +89,24 @@ def _progress(status: TrainerStatus) -> Iterator[Metric]:
     yield CounterMetricFamily("pylon_trainer_skipped_steps", description, value=status.skipped_steps)
     description = "Times that ranks whose weights differed were given rank 0's."
     yield CounterMetricFamily("pylon_trainer_healed_replicas", description, value=status.healed_replicas)
-    if status.checkpoint is not None:
-        description = "Step of the newest committed checkpoint."
-        yield GaugeMetricFamily("pylon_trainer_checkpoint_step", description, value=status.checkpoint.step)
     phases = GaugeMetricFamily("pylon_trainer_phase", "1 for what the trainer is doing.", labels=["phase"])
     for phase in TrainerPhase:
         phases.add_metric([phase.value], float(phase is status.phase))
     yield phases
+
+
+def _checkpoint(checkpoint: CheckpointReport) -> Iterator[Metric]:
+    """The newest committed one; dashboards make its age from the time."""
+    yield from _gauges("pylon_trainer_checkpoint", _CHECKPOINT_GAUGES, checkpoint)
+    if checkpoint.committed_time is not None:
+        name, description = "pylon_trainer_checkpoint_committed_timestamp_seconds", "When it was committed, Unix time."
+        yield GaugeMetricFamily(name, description, value=checkpoint.committed_time.timestamp())
+
+
+def _saves(saves: SaveReport) -> Iterator[Metric]:
+    yield from _gauges("pylon_trainer_saves", _SAVE_GAUGES, saves)
+    for field, description in _SAVE_COUNTERS.items():
+        yield CounterMetricFamily(f"pylon_trainer_saves_{field}", description, value=getattr(saves, field))
 
 
 def _gate(gate: GateReport) -> Iterator[Metric]:
@@ -83,7 +126,7 @@ def _difficulty(difficulty: DifficultyReport) -> Iterator[Metric]:
     yield _histogram("pylon_trainer_token_entropy_nats", description, difficulty.entropy)
 
 
-def _gauges(prefix: str, descriptions: dict[str, str], report: TrainerStatus | GateReport) -> Iterator[Metric]:
+def _gauges(prefix: str, descriptions: dict[str, str], report: Report) -> Iterator[Metric]:
     for field, description in descriptions.items():
         value = getattr(report, field)
         if value is not None:

@@ -93,7 +93,8 @@ def _ever_shorter(report: TerminationReport) -> Iterable[TerminationReport]:
             for characters in (600, 200):
                 final = final.model_copy(update={"sample": final.sample[:characters]})
                 yield report.model_copy(update={"final": final})
-        final = final.model_copy(update={"notices": [notice[:200] for notice in final.notices[-3:]]})
+        saves = final.saves and final.saves.model_copy(update={"failure": final.saves.failure[:200]})
+        final = final.model_copy(update={"notices": [notice[:200] for notice in final.notices[-3:]], "saves": saves})
         yield report.model_copy(update={"final": final})
         final = final.model_copy(update={"sample": None, "notices": []})
         yield report.model_copy(update={"final": final})

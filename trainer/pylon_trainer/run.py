@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,11 @@ class Run:
         size = self.config.training.batch.micro_sequences or len(batch.tokens_BT)
         return [part.to(self.world.device) for part in batch.split(size)]
 
-    def advance(self, batch: Batch, global_tokens: int) -> Update:
+    def advance(self, batch: Batch, global_tokens: int, before_update: Callable[[], None] = lambda: None) -> Update:
         """One optimizer step on this rank's batch. Collective.
 
         global_tokens: labelled tokens of this step over all ranks, so that the summed gradients are those of the mean.
+        before_update: called once gradients are there and before parameters and optimizer change.
         """
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
@@ -68,6 +70,7 @@ class Run:
             for part in self.micro_batches(batch)
         ]
         self.exchange.exchange(named_gradients(self.parameters))
+        before_update()
         gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
         for parameter in self.parameters.values():
             parameter.grad = None

@@ -6,7 +6,7 @@ What each part does is theirs to say; this is the order of things.
 from __future__ import annotations
 
 import logging
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import torch
 
@@ -33,20 +33,26 @@ SKIP_CHECK_STEPS = 10
 logger = logging.getLogger("pylon")
 
 
-def train(config: RunConfig, world: World, board: Board, stop: StopFlag) -> None:
-    """Train to the end. Stopped, after a save at an agreed step, when any rank was asked to stop before. Collective."""
+def train(config: RunConfig, world: World, board: Board, stop: StopFlag, grace_seconds: float) -> None:
+    """Train to the end. Stopped, after a save at an agreed step, when any rank was asked to stop before. Collective.
+
+    grace_seconds: between such a request and the end of the process.
+    """
     training = config.training
-    with closing(
-        open_data(
-            training.data,
-            seed=training.seed,
-            rank=world.rank,
-            world_size=world.size,
-            global_sequences=training.batch.sequences,
+    with ExitStack() as opened:
+        data = opened.enter_context(
+            closing(
+                open_data(
+                    training.data,
+                    seed=training.seed,
+                    rank=world.rank,
+                    world_size=world.size,
+                    global_sequences=training.batch.sequences,
+                )
+            )
         )
-    ) as data:
         run = build(config, world, data)
-        saver = Saver(run, board)
+        saver = opened.enter_context(closing(Saver(run, board, stop, grace_seconds)))
         saver.restore()
         stop.defer()
         meter = Meter(world)
@@ -54,8 +60,10 @@ def train(config: RunConfig, world: World, board: Board, stop: StopFlag) -> None
         while run.step < run.total_steps:
             batch = data.next_batch()
             is_asked = board.begin_step(run.step + 1)
-            tokens, stops, asks = world.agree(_labelled_tokens(batch), stop.is_set(), is_asked)
-            meter.add(run.advance(batch, tokens))
+            tokens, stops, *votes = world.agree(_labelled_tokens(batch), stop.is_set(), *saver.votes(is_asked))
+            saver.heed(votes, is_last=stops > 0 or run.step + 1 == run.total_steps)
+            meter.add(run.advance(batch, tokens, saver.release))
+            saver.end_step(meter.training_seconds)
             board.update(step=run.step, tokens=run.tokens)
             if run.step % SKIP_CHECK_STEPS == 0 or run.step == run.total_steps:
                 _refuse_to_stay_infinite(run)
@@ -66,13 +74,11 @@ def train(config: RunConfig, world: World, board: Board, stop: StopFlag) -> None
             if _is_due(run, training.evaluation.interval_steps):
                 with meter.paused():
                     _evaluate(run, held_out, board)
-            if stops or asks or saver.is_due():
-                with meter.paused():
-                    saver.save()
             if stops and run.step < run.total_steps:  # a stop in the last step finds the run done
+                saver.finish()
                 raise Stopped(f"asked to stop: left at step {run.step}{saver.where()}")
         _evaluate(run, held_out, board)
-        saver.save()
+        saver.finish()
         if world.rank == 0:
             _leave_results(run, board)
     board.update(phase=TrainerPhase.FINISHED)

@@ -86,7 +86,7 @@ def _run(config: RunConfig, environment: Environment, rank: int, board: Board, s
     world = join_world(config.gpus_per_node, environment.collective_timeout_seconds)
     peers = Peers(world, lost=lambda message: ending.leave(ExitCode.PEER_LOST, message))
     try:
-        train(config, world, board, stop)
+        train(config, world, board, stop, environment.grace_seconds)
     except (Stopped, NonFiniteLoss, SharedConfigError):  # all ranks leave together
         peers.say_farewell()
         raise

@@ -9,6 +9,7 @@ import yaml
 
 from pylon_api.manifest import ManifestError, load_manifest
 from pylon_operator.errors import Refused
+from pylon_operator.local_checkpoints import refuse_lost_copies
 from pylon_operator.resources import build_attempt
 
 UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
@@ -25,6 +26,7 @@ def command(file: Path, attempt: int, image: str) -> None:
         job = load_manifest(file)
         job = job.model_copy(update={"metadata": job.metadata.model_copy(update={"uid": UNKNOWN_UID})})
         objects = build_attempt(job, attempt, default_image=image, token="placeholder")  # noqa: S106
+        refuse_lost_copies(job.spec, objects[-1])
     except ManifestError as error:
         raise click.ClickException("\n".join(error.problems)) from error
     except Refused as error:

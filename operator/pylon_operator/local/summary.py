@@ -12,7 +12,7 @@ from pylon_api.names import USER_ERRORS, ConditionType, ExitCode
 from pylon_api.run import TrainerStatus
 from pylon_operator.local.drive import suspended
 from pylon_operator.local.state import JobDirectory, ended, verdict
-from pylon_operator.local.view import figures
+from pylon_operator.local.view import failing_saves, figures, saved_words
 
 MARKS = {
     ConditionStatus.TRUE: "[green]True[/]",
@@ -72,7 +72,9 @@ def _facts(job: PylonJob, report: TrainerStatus | None, directory: JobDirectory)
         done = f"step {training.step}/{training.total_steps}"
         facts.append(("training", "  ".join([done, *figures(training)])))
     if status.checkpoint:
-        facts.append(("checkpoint", f"step {status.checkpoint.step}  {status.checkpoint.uri}"))
+        facts.append(("checkpoint", f"{saved_words(status.checkpoint)}  {status.checkpoint.uri}"))
+    if training and (failing := failing_saves(training)):
+        facts.append(("not saved", failing))
     if report and report.export_uri:
         facts.append(("export", report.export_uri))
     facts.append(("restarts", str(status.restarts)))

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pylon_api.job import PylonJob, TrainingProgress
-from pylon_api.run import GateReport, TrainerPhase, TrainerStatus
+from pylon_api.run import CheckpointReport, GateReport, TrainerPhase, TrainerStatus
 from pylon_operator.observation import EmitEvent
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -152,6 +153,8 @@ class LiveView:
             drawn = sparkline([loss for _, loss in self._losses], SPARKLINE_WIDTH)
             lines.append(Text.assemble(("loss ", "dim"), (f"{first:.3f} ", ""), (drawn, "cyan"), f" {last:.3f}"))
         lines.append(Text(standing(job), style="dim"))
+        if failing := failing_saves(training):
+            lines.append(Text(failing, style="yellow"))
         if self._event:
             style = "yellow" if self._event.type == "Warning" else "dim"
             lines.append(
@@ -213,13 +216,24 @@ def gate_words(gate: GateReport) -> str:
 def standing(job: PylonJob) -> str:
     """Attempt, restarts, ready pods and checkpoint."""
     status = job.status
-    saved = (
-        f"checkpoint at step {status.checkpoint.step}{_age(status.checkpoint.committed_time)}"
-        if status.checkpoint
-        else "no checkpoint yet"
-    )
+    saved = f"checkpoint at {saved_words(status.checkpoint)}" if status.checkpoint else "no checkpoint yet"
     restarts = "1 restart" if status.restarts == 1 else f"{status.restarts} restarts"
     return f"{saved} · attempt {status.attempt} · {restarts} · {status.pods_ready}/{job.spec.nodes} pods"
+
+
+def saved_words(checkpoint: CheckpointReport) -> str:
+    """Step, size and age of a checkpoint, as far as they are known."""
+    size = f", {decimal(checkpoint.size_bytes)}" if checkpoint.size_bytes is not None else ""
+    return f"step {checkpoint.step}{size}{_age(checkpoint.committed_time)}"
+
+
+def failing_saves(training: TrainingProgress) -> str:
+    """How many checkpoints in a row were given up, and why the last; empty while saving goes well."""
+    saves = training.saves
+    if saves is None or not saves.failed_in_row:
+        return ""
+    which = "the last save" if saves.failed_in_row == 1 else f"the last {saves.failed_in_row} saves"
+    return f"{which} failed: {saves.failure}"
 
 
 def phase(job: PylonJob, report: TrainerStatus | None) -> str:
@@ -247,4 +261,10 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def _age(time: datetime | None) -> str:
-    return f" ({(datetime.now(UTC) - time).seconds} s ago)" if time else ""
+    if time is None:
+        return ""
+    seconds = round((datetime.now(UTC) - time).total_seconds())
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f" ({seconds // size} {unit} ago)"
+    return f" ({max(seconds, 0)} s ago)"

@@ -45,7 +45,10 @@ def count(status: PylonJobStatus, action: FailureAction) -> PylonJobStatus:
 
 
 def backoff_seconds(status: PylonJobStatus, policy: FailurePolicy) -> int:
-    """Wait before the restart that `count` has just put on the books: doubled for each one without progress."""
-    doublings = max(0, status.restarts_without_progress - 1)
+    """Wait before the restart that `count` has just put on the books. None before the first that counts since progress,
+    as GPUs that wait cost as much as GPUs that work; doubled for each one after the second."""
+    spent = status.restarts_without_progress
+    if spent == 1:
+        return 0
     # 12 doublings of one second exceed the cap; a shift by thousands would only build a huge number first.
-    return min(policy.backoff_seconds << min(doublings, 12), MAX_BACKOFF_SECONDS)
+    return min(policy.backoff_seconds << min(max(0, spent - 2), 12), MAX_BACKOFF_SECONDS)

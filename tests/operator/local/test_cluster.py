@@ -77,7 +77,9 @@ async def test_a_failed_pod_takes_the_gang_along_and_the_next_attempt_resumes(tm
         (1, 70, "cosmic ray")
     ]
     assert "from step 0" in (run.directory.logs / "demo-a1-0.log").read_text()
-    assert "from step 0" not in (run.directory.logs / "demo-a2-0.log").read_text()
+    resumed = (run.directory.logs / "demo-a2-0.log").read_text()
+    assert "from step 0" not in resumed
+    assert "after 1 failures" in resumed, "which the interval of checkpoints goes by"
 
 
 async def test_a_killed_pod_is_a_failed_one(tmp_path: Path) -> None:

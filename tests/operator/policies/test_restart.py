@@ -54,8 +54,10 @@ def test_free_restarts_do_not_count(action: FailureAction, without_progress: int
 
 @pytest.mark.parametrize(
     ("base", "without_progress", "seconds"),
-    [(10, 0, 10), (10, 1, 10), (10, 2, 20), (10, 5, 160), (10, 10, 3600), (1, 9999, 3600), (0, 7, 0)],
+    [(10, 0, 10), (10, 1, 0), (10, 2, 10), (10, 3, 20), (10, 6, 160), (10, 11, 3600), (1, 9999, 3600), (0, 7, 0)],
 )
-def test_backoff_doubles_up_to_an_hour(base: int, without_progress: int, seconds: int) -> None:
+def test_the_first_counted_restart_is_at_once_then_the_wait_doubles_up_to_an_hour(
+    base: int, without_progress: int, seconds: int
+) -> None:
     policy = FailurePolicy(backoff_seconds=base)
     assert restart.backoff_seconds(status(without_progress), policy) == seconds

@@ -1,47 +1,171 @@
-"""What of a run goes into a checkpoint and comes back, with all ranks taking part.
+"""Saves and restores a run, with all ranks taking part, while training goes on.
 
-Rank 0 alone speaks to the store; what it chose to restore it broadcasts, so that no two ranks can differ. What comes
-back must fit: a checkpoint of another model is refused by the name of the first field or tensor that differs.
+Every step all ranks add up a few integers (`votes`), as they do anyway to agree on stopping: what rank 0 finds due,
+whether memory is free everywhere, how far the saves under way are. So all know alike what begins at the end of the step
+and what is committed (`heed`), and nobody waits for anybody. A save that fails is given up by all and training goes on;
+only the last one must not fail. When to save is pace.py's to say, what goes in contents.py's.
 """
 
 from __future__ import annotations
 
-import logging
-from typing import Any
+import secrets
+import time
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from pylon_api.run import CheckpointReport, TrainerPhase
-from pylon_trainer.checkpoint.checkpointer import Checkpointer, open_other
+from pylon_api.run import TrainerPhase
+from pylon_api.training import CheckpointSpec
+from pylon_trainer.checkpoint import contents
+from pylon_trainer.checkpoint.archive import Archive
+from pylon_trainer.checkpoint.destination import Outcome
+from pylon_trainer.checkpoint.ledger import Ledger
+from pylon_trainer.checkpoint.pace import Pace
+from pylon_trainer.checkpoint.pipeline import Pipeline
+from pylon_trainer.checkpoint.policy import Reach, next_move
+from pylon_trainer.checkpoint.restore import Shelf
+from pylon_trainer.checkpoint.resume import resume
 from pylon_trainer.checkpoint.storage import Storage
-from pylon_trainer.data import merge_states
-from pylon_trainer.errors import ConfigError
+from pylon_trainer.errors import PeerLost, Stopped, StorageError
 from pylon_trainer.run import Run
-from pylon_trainer.runtime.seeds import load_rng_state, rng_state
+from pylon_trainer.runtime.signals import StopFlag
 from pylon_trainer.status import Board
 
-logger = logging.getLogger("pylon")
+EXIT_MARGIN_SECONDS = 8
+"""What is kept of the pod's grace for leaving, once the last checkpoint is committed or given up."""
+
+CLOSE_SECONDS = 1
+"""For what is given up to be removed; what stays is cleaned up later."""
+
+TIDY_SECONDS = 30
+"""For what the last commit made superfluous to be removed."""
+
+POLL_SECONDS = 0.02
+
+_PROGRESS = 4
+"""Where the pipeline's votes begin."""
 
 
 class Saver:
-    """The checkpoints of one run; does nothing when the run has none."""
+    """The checkpoints of one run; does nothing when the run has none. Each method is called by all ranks alike."""
 
-    def __init__(self, run: Run, board: Board) -> None:
+    def __init__(self, run: Run, board: Board, stop: StopFlag, grace_seconds: float) -> None:
+        """Takes the memory for checkpoints, and starts what writes them. Collective.
+
+        grace_seconds: between a request to stop and the end of this process.
+        """
         self._run = run
         self._board = board
-        self._spec = run.config.training.checkpoint
-        self._saved_step: int | None = None
-        self._checkpointer: Checkpointer | None = None
-        directory = run.config.checkpoint_directory
-        if self._spec is not None and directory is not None and run.world.rank == 0:
-            self._checkpointer = Checkpointer(Storage(directory), run.config.attempt, self._spec.keep)
+        self._stop = stop
+        self._grace_seconds = max(1.0, grace_seconds - EXIT_MARGIN_SECONDS)
+        self._ledger = Ledger(board, logs=run.world.rank == 0)
+        self._begins, self._waits, self._nonce = Reach.NOWHERE, Reach.NOWHERE, 0
+        self._newest_step: int | None = None
+        """Of the last checkpoint for the store that has begun, or that this run goes on from."""
+        self._ended: Outcome | None = None
+        """How the last save for the store ended."""
+        self._was_quiet = True
+        self._stall_seconds: float | None = None
+        """Of a save whose tensors are still being copied."""
+        self._is_finished = False
+        self._pipeline: Pipeline | None = None
+        if run.config.training.checkpoint is not None:
+            self._open(run.config.training.checkpoint)
 
-    def is_due(self) -> bool:
-        """Whether the interval asks for a checkpoint after this step."""
-        if self._spec is None or self._spec.interval_steps == 0:
-            return False
-        return self._run.step % self._spec.interval_steps == 0
+    def _open(self, spec: CheckpointSpec) -> None:
+        run = self._run
+        self._shelves = _shelves(run, spec)
+        state = contents.replicated(run), contents.own(run)
+        self._pipeline = Pipeline(run.world, spec, self._shelves, run.config.processes_per_node, *state)
+        for line in self._pipeline.notices:
+            self._ledger.notice(line)
+        self._pace = Pace(spec, run.config)
+
+    def restore(self) -> None:
+        """Go on from this job's newest whole checkpoint, else from restoreFrom, else from the start. Collective."""
+        run = self._run
+        self._board.update(phase=TrainerPhase.RESTORING, total_steps=run.total_steps)
+        if self._pipeline is not None:
+            for shelf in self._shelves:
+                self._claim(shelf)
+            found = resume(run, self._shelves, self._ledger.notice)
+            if found is not None:
+                restored, is_own = found
+                self._board.update(restored_from=restored.report.uri)
+                if is_own and restored.is_in_store:
+                    self._newest_step = run.step
+                    self._board.saved(restored.report)
+                self._ledger.log(f"step={run.step} restored={restored.report.uri}")
+            self._pace.begin(run.step)
+            self._ledger.interval(self._pace.interval_steps)
+        self._board.update(phase=TrainerPhase.TRAINING, step=run.step, tokens=run.tokens)
+        self._board.begin_step(run.step)
+
+    def votes(self, is_asked: bool = False) -> list[int]:
+        """This rank's part of what all agree on as a step begins, to be added up over all ranks and given to `heed`.
+
+        is_asked: whether somebody wants a checkpoint at its end.
+        """
+        if self._pipeline is None:
+            return []
+        is_first = self._run.world.rank == 0
+        requested_step = self._board.status.checkpoint_requested_step or 0
+        is_on_its_way = self._newest_step is not None and self._newest_step >= requested_step
+        due = self._pace.due(self._run.step + 1) if is_first else Reach.NOWHERE
+        nonce = secrets.randbits(32) if is_first else 0
+        return [int(is_asked and not is_on_its_way), due, nonce, int(self._pipeline.is_busy), *self._pipeline.votes()]
+
+    def heed(self, sums: Sequence[int], *, is_last: bool) -> None:
+        """Go on with the saves under way, and decide what begins at the end of this step. Collective.
+
+        is_last: whether this is the step after which the run ends or stops.
+        """
+        if self._pipeline is None:
+            return
+        asked, due, self._nonce, busy = sums[:_PROGRESS]
+        self._was_quiet = self._pipeline.is_empty
+        self._advance(self._pipeline, sums)
+        move = next_move(Reach(due), self._waits, is_urgent=asked > 0 or is_last, is_busy=busy > 0)
+        if move.waits and not self._waits:
+            self._ledger.put_off(self._run.step + 1)
+        self._begins, self._waits = move.begins, move.waits
+
+    def end_step(self, training_seconds: float) -> None:
+        """Begin the save that was decided on, of the step that has just ended.
+
+        training_seconds: since training began, without pauses.
+        """
+        if self._pipeline is None:
+            return
+        self._pace.step_ended(training_seconds, is_quiet=self._was_quiet)
+        if self._begins is not Reach.NOWHERE:
+            self._begin(self._pipeline, self._begins)
+
+    def release(self) -> None:
+        """Before the optimizer changes what is being copied: wait until it may."""
+        if self._pipeline is None:
+            return
+        began = time.monotonic()
+        self._pipeline.release()
+        if self._stall_seconds is not None:
+            self._ledger.stalled(self._stall_seconds + time.monotonic() - began)
+            self._stall_seconds = None
+
+    def finish(self) -> None:
+        """Save this step if it is not, and wait until all is committed. Collective.
+
+        StorageError or ConfigError when this step could not be saved; Stopped when the grace ends before.
+        """
+        if self._pipeline is None:
+            return
+        self._board.update(phase=TrainerPhase.SAVING)
+        if self._newest_step != self._run.step:
+            self.heed(self._run.world.agree(*self.votes()), is_last=True)
+            self._begin(self._pipeline, self._begins)
+        self.release()
+        self._drain(self._pipeline)
+        ended = self._ended
+        if ended is not None and ended.save.step == self._run.step and ended.error is not None:
+            raise ended.error
+        self._is_finished = True
 
     def where(self) -> str:
         """For a message: where this step was saved, if it was."""
@@ -49,127 +173,69 @@ class Saver:
         saved = checkpoint is not None and checkpoint.step == self._run.step
         return f", saved in {checkpoint.uri}" if checkpoint is not None and saved else ""
 
-    def save(self) -> None:
-        """Save this step unless it is saved already. Collective."""
-        run = self._run
-        if self._spec is None or self._saved_step == run.step:
-            return
-        phase = self._board.status.phase
-        self._board.update(phase=TrainerPhase.SAVING)
-        own = {"data": run.data.state_dict(), "rng": rng_state(run.world.device)}
-        ranks = run.world.gather(own)
-        gate = run.training_step.state_dict()
-        if self._checkpointer is not None:
-            report = self._checkpointer.save(run.step, _state(run, ranks, gate))
-            logger.info(f"step={run.step} checkpoint={report.uri} bytes={report.size_bytes}")
-        # Nobody goes on, or leaves, before the commit.
-        self._board.saved(run.world.broadcast(report if run.world.rank == 0 else None))
-        self._saved_step = run.step
-        self._board.update(phase=phase)
+    def close(self) -> None:
+        """End threads and the writer, and give the memory back. What is under way is lost."""
+        if self._pipeline is not None:
+            left = self._seconds_left()
+            seconds: float = TIDY_SECONDS if self._is_finished else CLOSE_SECONDS
+            self._pipeline.close(seconds if left is None else min(seconds, left))
 
-    def restore(self) -> None:
-        """Go on from this job's newest whole checkpoint, else from restoreFrom, else from the start. Collective."""
-        run = self._run
-        self._board.update(phase=TrainerPhase.RESTORING, total_steps=run.total_steps)
-        if self._spec is not None:
-            found = run.world.broadcast(self._find() if self._checkpointer is not None else None)
-            if found is not None:
-                self._apply(found["state"], found["uri"], is_own=found["is_own"])
-        self._board.update(phase=TrainerPhase.TRAINING, step=run.step, tokens=run.tokens)
-        self._board.begin_step(run.step)
+    def _claim(self, shelf: Shelf) -> None:
+        try:
+            if shelf.lists:
+                shelf.archive.claim()
+        except StorageError as error:
+            if shelf.is_shared:
+                raise
+            self._ledger.notice(f"no checkpoints on this node's disk: {error}")
 
-    def _find(self) -> dict[str, Any] | None:
-        assert self._checkpointer is not None
-        self._checkpointer.claim()
-        own = self._checkpointer.restore(self._notice)
-        if own is not None:
-            state, report = own
-            self._board.saved(report)
-            return {"state": state, "uri": report.uri, "is_own": True}
-        other = self._find_other()
-        return None if other is None else {"state": other[0], "uri": other[1].uri, "is_own": False}
+    def _begin(self, pipeline: Pipeline, reach: Reach) -> None:
+        run, began = self._run, time.monotonic()
+        name = self._shelves[-1].archive.new_name(run.step, self._nonce)
+        state = contents.replicated(run), contents.own(run)
+        pipeline.begin(run.step, name, *state, reach, self._seconds_left())
+        if reach is Reach.STORE:
+            self._newest_step = run.step
+            self._pace.save_began(run.step)
+        self._stall_seconds = time.monotonic() - began
 
-    def _find_other(self) -> tuple[dict[str, Any], CheckpointReport] | None:
-        source = self._spec.restore_from if self._spec is not None else None
-        if source is None:
-            return None
-        checkpointer, single_step = open_other(source.uri)
-        step = source.step or single_step
-        found = checkpointer.restore(self._notice, step)
-        if found is None:
-            wanted = "" if step is None else f" of step {step}"
-            raise ConfigError(f"training.checkpoint.restoreFrom: no committed checkpoint{wanted} in {source.uri}")
-        return found
+    def _drain(self, pipeline: Pipeline) -> None:
+        """Wait until nothing is under way; Stopped when the grace ends before."""
+        while not pipeline.is_empty:
+            time.sleep(POLL_SECONDS)
+            is_over, *sums = self._run.world.agree(self._seconds_left() == 0, *self.votes())
+            self._advance(pipeline, sums)
+            if is_over and not pipeline.is_empty:
+                pipeline.abandon()
+                raise Stopped(
+                    f"asked to stop: left at step {self._run.step}, not saved: its checkpoint was not written within "
+                    f"{self._grace_seconds:.0f} s; raise checkpointTimeoutSeconds"
+                )
 
-    def _apply(self, state: dict[str, Any], uri: str, *, is_own: bool) -> None:
-        run = self._run
-        _refuse_another(state["identity"], _identity(run), uri)
-        _load_model(run.model, state["model"], uri)
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.training_step.load_state_dict(state["gate"])
-        if state["identity"]["data"] == _identity(run)["data"]:
-            run.data.load_state_dict(state["data"])
-        else:
-            self._notice(f"the data differs from that of {uri}: it is read from its start")
-        if len(state["rng"]) == run.world.size:
-            load_rng_state(state["rng"][str(run.world.rank)], run.world.device)
-        run.step, run.tokens = state["position"]["step"], state["position"]["tokens"]
-        self._saved_step = run.step if is_own else None
-        self._board.update(restored_from=uri)
-        if run.world.rank == 0:
-            logger.info(f"step={run.step} restored={uri}")
+    def _advance(self, pipeline: Pipeline, sums: Sequence[int]) -> None:
+        for outcome in pipeline.advance(sums[_PROGRESS:]):
+            if isinstance(outcome.error, PeerLost):
+                raise outcome.error
+            self._ledger.ended(outcome)
+            if outcome.is_in_store:
+                self._ended = outcome
+                if outcome.error is None:
+                    self._pace.save_ended(outcome.seconds)
+                    self._ledger.interval(self._pace.interval_steps)
 
-    def _notice(self, notice: str) -> None:
-        self._board.add_notice(notice)
-        if self._run.world.rank == 0:
-            logger.warning(notice)
+    def _seconds_left(self) -> float | None:
+        """Of the grace; None while nobody asked to stop."""
+        age_seconds = self._stop.age_seconds
+        return None if age_seconds is None else max(0.0, self._grace_seconds - age_seconds)
 
 
-def _state(run: Run, ranks: list[dict[str, Any]], gate: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": _tensors(run.model),
-        "optimizer": run.optimizer.state_dict(),
-        "gate": gate,
-        "data": merge_states([rank["data"] for rank in ranks]),
-        "rng": {str(number): rank["rng"] for number, rank in enumerate(ranks)},
-        "position": {"step": run.step, "tokens": run.tokens},
-        "identity": _identity(run),
-    }
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """What must agree between a checkpoint and the run that goes on from it."""
-    training = run.config.training
-    data = training.data.model_copy(update={"prefetch_batches": 0}).to_wire()  # reading ahead moves no position
-    return {
-        "model": training.model.to_wire(),
-        "tokenizer": run.data.tokenizer.fingerprint,
-        "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
-    }
-
-
-def _refuse_another(saved: dict[str, Any], wanted: dict[str, Any], uri: str) -> None:
-    for field in sorted(saved["model"].keys() | wanted["model"].keys()):
-        had, asked = saved["model"].get(field), wanted["model"].get(field)
-        if had != asked:
-            raise ConfigError(f"training.model.{field} is {asked}, but {uri} was trained with {had}")
-    if saved["tokenizer"] != wanted["tokenizer"]:
-        raise ConfigError(f"training.data.tokenizer is not the one that {uri} was trained with")
-
-
-def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers, each shared tensor once (named_parameters leaves out its other names)."""
-    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
-
-
-def _load_model(model: torch.nn.Module, saved: dict[str, Tensor], uri: str) -> None:
-    tensors = _tensors(model)
-    for name in sorted(saved.keys() | tensors.keys()):
-        had = tuple(saved[name].shape) if name in saved else "absent"
-        wanted = tuple(tensors[name].shape) if name in tensors else "absent"
-        if had != wanted:
-            raise ConfigError(f"{name} is {wanted} in this model, but {had} in {uri}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+def _shelves(run: Run, spec: CheckpointSpec) -> list[Shelf]:
+    """Where this job's checkpoints lie, the nearest first."""
+    config, rank, shelves = run.config, run.world.rank, []
+    if spec.local is not None and config.local_checkpoint_directory is not None:
+        archive = Archive(Storage(config.local_checkpoint_directory), config.attempt, spec.local.keep)
+        shelves.append(Shelf(archive, is_shared=False, lists=rank % config.processes_per_node == 0))
+    if config.checkpoint_directory is not None:
+        archive = Archive(Storage(config.checkpoint_directory), config.attempt, spec.keep)
+        shelves.append(Shelf(archive, is_shared=True, lists=rank == 0))
+    return shelves

@@ -9,13 +9,14 @@ Shapes: N values of the group, B blocks, V values of a block, E steps of a turn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pylon_trainer.consensus import KEPT
 from pylon_trainer.consensus.codecs import Codec
 from pylon_trainer.consensus.reduction import sum_encoded, summed_bytes
 from pylon_trainer.runtime.distributed import World
@@ -45,8 +46,8 @@ class Channel(Protocol):
         """What this rank keeps. Not copies."""
         ...
 
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what the ranks of a run kept, in their order, be they as many as now or not."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what state_dict gave."""
         ...
 
 
@@ -97,13 +98,13 @@ class BlockChannel:
 
     def state_dict(self) -> dict[str, Any]:
         """See Channel."""
-        return {"turn": self._turn} | ({} if self.kept_N is None else {"kept": self.kept_N})
+        return {"turn": self._turn} | ({} if self.kept_N is None else {KEPT: self.kept_N})
 
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """See Channel. On another number of ranks each gets an equal share of what all kept together."""
-        self._turn = states[0]["turn"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See Channel."""
+        self._turn = state["turn"]
         if self.kept_N is not None:
-            self.kept_N.copy_(share_of([state["kept"] for state in states], self._world))
+            self.kept_N.copy_(state[KEPT])
 
 
 def round_trip(codec: Codec, values_N: Tensor) -> Tensor:
@@ -114,10 +115,3 @@ def round_trip(codec: Codec, values_N: Tensor) -> Tensor:
 def _cut(values_N: Tensor, size: int) -> Tensor:
     """In blocks of this size, the last one filled up with zeros."""
     return F.pad(values_N, (0, -len(values_N) % size)).view(-1, size)
-
-
-def share_of(kept: Sequence[Tensor], world: World) -> Tensor:
-    """What this rank goes on with of what the ranks of another run kept: its own when there were as many."""
-    if len(kept) == world.size:
-        return kept[world.rank]
-    return torch.stack(list(kept)).sum(0) / world.size

@@ -1,14 +1,15 @@
 """An Exchange that takes few bytes: every kind of tensor through a channel of its own, chosen by measurement.
 
 On the first steps each codec's error is measured on what it would have to send, added up over ranks, and the channels
-are chosen anew (budget.py); what one has kept its successor takes over. The budget holds from the first step on.
+are chosen anew (budget.py); what one has kept its successor takes over. The budget holds from the first step on. A
+sketch cannot be taken over and is as wide as the budget allows.
 A gradient that is not finite on one rank is agreed upon before anything is encoded: all ranks then give the optimizer
 gradients that are not, so that all skip the step, and what they keep stays as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class CompressedExchange:
         gradients = {kind: group.flatten(named_gradients) for kind, group in self._groups.items()}
         is_skipped = self._any_not_finite(gradients)
         gradients = {kind: torch.where(is_skipped, 0, gradient_N) for kind, gradient_N in gradients.items()}
-        if self._steps < CALIBRATION_STEPS and any(len(offered) > 1 for offered in self._offers.values()):
+        if self._steps < CALIBRATION_STEPS and self._spec.codec is not ConsensusCodec.SKETCH:
             self._measure(gradients)
             self._plan()
         self._steps += 1
@@ -106,10 +107,12 @@ class CompressedExchange:
     def _choices(self, kind: Kind) -> list[Choice]:
         norm, *lost = self._figures[kind]
         values = self._groups[kind].values
-        return [
-            Choice(name, offer.channel.bytes_per_step, values * share / norm if norm else 0.0)
-            for (name, offer), share in zip(self._offers[kind].items(), lost, strict=True)
-        ]
+        choices = []
+        for (name, offer), square in zip(self._offers[kind].items(), lost, strict=True):
+            bytes_per_step = offer.channel.bytes_per_step
+            share = square / norm if norm else values / (values + bytes_per_step)  # a guess, until it is measured
+            choices.append(Choice(name, bytes_per_step, values * share))
+        return choices
 
     def _kept(self, kind: Kind) -> Tensor | None:
         """What a new channel begins with."""
@@ -133,15 +136,17 @@ class CompressedExchange:
             "channels": {kind.value: channel.state_dict() for kind, channel in self._channels.items()},
         }
 
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See Exchange. What another kind of channel kept is taken over where both keep values, else dropped."""
-        self._steps = states[0]["steps"]
-        if all(len(states[0]["figures"].get(k.value, [])) == len(figures) for k, figures in self._figures.items()):
-            self._figures = {kind: list(states[0]["figures"][kind.value]) for kind in self._figures}
+        figures = state.get("figures", {})
+        if any(len(figures.get(kind.value, ())) != len(known) for kind, known in self._figures.items()):
+            return  # of another codec or model: begin anew
+        self._figures = {kind: list(figures[kind.value]) for kind in self._figures}
+        self._steps = state["steps"]
         self._plan()
         for kind, channel in self._channels.items():
-            kept = [state["channels"].get(kind.value, {}) for state in states]
-            if kept[0].keys() == channel.state_dict().keys():
+            kept = state["channels"][kind.value]
+            if kept.keys() == channel.state_dict().keys():
                 channel.load_state_dict(kept)
 
 

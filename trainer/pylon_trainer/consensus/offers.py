@@ -58,7 +58,10 @@ class Catalogue:
     seed: int
 
     def offers(self, group: Group) -> list[Offer]:
-        """Channels for a group, by what the spec asks for."""
+        """Channels for a group, by what the spec asks for.
+
+        All of one list keep as much, so that checkpoints have one size; a sketch therefore has to be asked for.
+        """
         if group.kind is Kind.VECTORS:
             return [offer for codec in (FLOAT32, BFLOAT16, Int8()) for offer in self._blocks(group, codec)]
         match self.spec.codec:
@@ -79,7 +82,6 @@ class Catalogue:
                     *self._integers(group, Int4()),
                     *self._dct(group),
                     *self._rows(group),
-                    *self._sketches(group),
                 ]
 
     def _integers(self, group: Group, codec: Codec) -> Iterator[Offer]:
@@ -99,7 +101,7 @@ class Catalogue:
         for share in SKETCH_SHARES:
             if width := group.values // share:
                 sketch = Sketch(group.values, width, self.seed, self.world.device)
-                yield Offer(functools.partial(SketchChannel, self.world, sketch), sketch.round_trip)
+                yield Offer(functools.partial(_build_sketch, self.world, sketch), sketch.round_trip)
 
     def _rows(self, group: Group) -> Iterator[Offer]:
         width = group.row_width
@@ -109,3 +111,7 @@ class Catalogue:
         for limit in sorted({-(-rows // share) for share in ROW_SHARES}, reverse=True):
             build = functools.partial(RowChannel, self.world, rows, width, limit)
             yield Offer(build, functools.partial(largest_rows, width, limit))
+
+
+def _build_sketch(world: World, sketch: Sketch, _kept_N: Tensor | None) -> SketchChannel:
+    return SketchChannel(world, sketch)

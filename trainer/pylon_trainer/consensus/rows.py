@@ -9,13 +9,13 @@ Shapes: N values, R rows, W values of a row, L rows that a rank names, U rows th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pylon_trainer.consensus.channel import share_of
+from pylon_trainer.consensus import KEPT
 from pylon_trainer.consensus.codecs.integers import Int8
 from pylon_trainer.consensus.reduction import sum_encoded, summed_bytes
 from pylon_trainer.runtime.distributed import World
@@ -53,12 +53,12 @@ class RowChannel:
 
     def state_dict(self) -> dict[str, Any]:
         """See Channel."""
-        return {} if self.kept_N is None else {"kept": self.kept_N}
+        return {} if self.kept_N is None else {KEPT: self.kept_N}
 
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """See Channel. On another number of ranks each gets an equal share of what all kept together."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See Channel."""
         if self.kept_N is not None:
-            self.kept_N.copy_(share_of([state["kept"] for state in states], self._world))
+            self.kept_N.copy_(state[KEPT])
 
 
 def largest_rows(width: int, limit: int, values_N: Tensor) -> Tensor:

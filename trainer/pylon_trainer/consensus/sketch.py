@@ -17,7 +17,7 @@ Shapes: N values, H hashes, R rows of the layout, W buckets, C rows worked on at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,20 +88,19 @@ class Sketch:
 class SketchChannel:
     """Sketches of gradients; the largest values of what has gathered in them come out."""
 
-    def __init__(self, world: World, sketch: Sketch, kept_N: Tensor | None) -> None:
-        """kept_N: of another channel before, which goes into the first sketch."""
+    def __init__(self, world: World, sketch: Sketch) -> None:
         self._world, self._sketch = world, sketch
         hashes, width = sketch.shape_HW
         self.name = f"Sketch {hashes} x {width}"
         self.bytes_per_step = summed_bytes(BFLOAT16, hashes * width, world.size)
-        self.kept_N = kept_N
+        self.kept_N: Tensor | None = None
         self.has_momentum = True
         nothing = torch.zeros((), device=world.device)
         self._momentum_HW = self._error_HW = nothing.expand(sketch.shape_HW)  # takes no memory before it is used
 
     def exchange(self, gradient_N: Tensor, is_skipped: Tensor) -> Tensor:
         """See Channel. Values that were not recovered have sum 0."""
-        own_HW = self._sketch.encode(gradient_N if self.kept_N is None else gradient_N + self.kept_N)
+        own_HW = self._sketch.encode(gradient_N)
         sum_HW = sum_encoded(self._world, BFLOAT16, own_HW.view(-1, 1))[0].view_as(own_HW)
         momentum_HW = MOMENTUM * self._momentum_HW + (1 - MOMENTUM) * sum_HW
         error_HW = self._error_HW + momentum_HW
@@ -109,7 +108,6 @@ class SketchChannel:
         taken_HW = self._sketch.encode(update_N)
         share = _projection(error_HW, taken_HW)
         error_HW -= share * taken_HW
-        self.kept_N = None
         self._momentum_HW = torch.where(is_skipped, self._momentum_HW, momentum_HW)
         self._error_HW = torch.where(is_skipped, self._error_HW, error_HW)
         return share * update_N
@@ -118,10 +116,10 @@ class SketchChannel:
         """See Channel. Equal on all ranks."""
         return {"momentum": self._momentum_HW.contiguous(), "error": self._error_HW.contiguous()}
 
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See Channel."""
         device = self._world.device
-        self._momentum_HW, self._error_HW = states[0]["momentum"].to(device), states[0]["error"].to(device)
+        self._momentum_HW, self._error_HW = state["momentum"].to(device), state["error"].to(device)
 
 
 def _projection(of_HW: Tensor, on_HW: Tensor) -> Tensor:

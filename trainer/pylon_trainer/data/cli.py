@@ -12,12 +12,12 @@ from pathlib import Path
 import click
 
 from pylon_api.training import DataFormat, TokenizerKind, TokenizerSpec
+from pylon_trainer.command_line import errors_for_people
 from pylon_trainer.data.bpe import texts_of, train_bpe
 from pylon_trainer.data.documents import Piece, cut
 from pylon_trainer.data.entropy import ngram_entropies
 from pylon_trainer.data.sources import list_files
 from pylon_trainer.data.tokenizer import load_tokenizer
-from pylon_trainer.errors import TrainerError
 
 globs_argument = click.argument("globs", nargs=-1, required=True, metavar="GLOB...")
 format_option = click.option(
@@ -48,7 +48,7 @@ def train(globs: tuple[str, ...], out: Path, vocab_size: int, data_format: str, 
     """Train a byte-level BPE on the text of all GLOBs (any fsspec URI)."""
     if not out.parent.is_dir():  # said before the work, not after it
         raise click.ClickException(f"--out: there is no directory {out.parent}")
-    with _errors_for_people():
+    with errors_for_people():
         pieces = _pieces(globs, data_format)
         with _progress(pieces, "reading") as progress:
             backend = train_bpe(texts_of(progress, text_field), vocab_size)
@@ -63,7 +63,7 @@ def train(globs: tuple[str, ...], out: Path, vocab_size: int, data_format: str, 
 @text_field_option
 def inspect(globs: tuple[str, ...], uri: str | None, data_format: str, text_field: str) -> None:
     """Tell how many bytes of the GLOBs' text a token stands for."""
-    with _errors_for_people():
+    with errors_for_people():
         kind = TokenizerKind.FILE if uri else TokenizerKind.BYTES
         loaded = load_tokenizer(TokenizerSpec(kind=kind, uri=uri))
         size = tokens = documents = 0
@@ -85,7 +85,7 @@ def inspect(globs: tuple[str, ...], uri: str | None, data_format: str, text_fiel
 @text_field_option
 def entropy(globs: tuple[str, ...], data_format: str, text_field: str) -> None:
     """Print the unigram, bigram and trigram entropies of the GLOBs' bytes: marks to judge a byte-level loss by."""
-    with _errors_for_people(), _progress(_pieces(globs, data_format), "counting") as progress:
+    with errors_for_people(), _progress(_pieces(globs, data_format), "counting") as progress:
         found = ngram_entropies(texts_of(progress, text_field))
     for name, measured in zip(("unigram", "bigram", "trigram"), found, strict=True):
         click.echo(f"{name:8} {measured.nats_per_byte:.3f} nats a byte")
@@ -100,14 +100,6 @@ def _progress(pieces: list[Piece], verb: str) -> Iterator[Iterable[Piece]]:
     """A bar on a terminal; nothing where the output is read by a program."""
     with click.progressbar(pieces, label=verb, file=sys.stderr) as bar:
         yield bar
-
-
-@contextmanager
-def _errors_for_people() -> Iterator[None]:
-    try:
-        yield
-    except TrainerError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _write_atomically(path: Path, content: str) -> None:

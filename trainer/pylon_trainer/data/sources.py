@@ -16,7 +16,8 @@ from typing import IO
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pylon_trainer.checkpoint.storage import lacks_credentials, open_store
+from pylon_trainer.checkpoint.retries import lacks_credentials
+from pylon_trainer.checkpoint.storage import open_store
 from pylon_trainer.errors import ConfigError, DataError, StorageError
 
 STANDARD_LIBRARY = "python://stdlib/"

@@ -134,7 +134,7 @@ class Gate:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that a resumed run needs to decide as this one. Collective; waits for the device."""
+        """Tensors and plain values that a resumed run needs to decide as this one. Collective."""
         return {
             "gating": self._gating.to_wire(),
             "belief": self._belief.to_state(),

@@ -80,6 +80,21 @@ class _Timed(NamedTuple):
     nanoseconds: Callable[[], int]
 
 
+class _UnderWay(NamedTuple):
+    """Figures of one interval on their way to the host; all 0 while there are none."""
+
+    sums: Tensor
+    """On the device."""
+    host: Tensor
+    event: torch.cuda.Event | None = None
+
+    def wait(self) -> list[int]:
+        """The figures, which have arrived long ago unless the device is an interval behind."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [int(figure) for figure in self.host.tolist()]
+
+
 class Measurement:
     """Of one gate, step after step."""
 
@@ -91,7 +106,7 @@ class Measurement:
         self._sums = torch.zeros(2 + 3 * len(ratios) + INTERVAL_STEPS, dtype=torch.int64, device=device)
         """Micro-batches seen, ranks; by ratio: mass, share and time; by step of the interval: rows without a finite
         score."""
-        self._under_way: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._under_way = _UnderWay(torch.zeros_like(self._sums), torch.zeros(len(self._sums), dtype=torch.int64))
         self._step: tuple[float, Any] | None = None
         self._timed: list[_Timed] = []
         self._timed_before: list[_Timed] = []
@@ -141,10 +156,11 @@ class Measurement:
         return arrived
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on every rank but for times. Collective; waits for the device."""
+        """Tensors on the device and plain values, the same on every rank but for times. Collective; waits for no more
+        of the device's work than the steps before this one."""
         return {
-            "sums": _sum_over_ranks(self._sums.clone()).tolist(),
-            "under_way": None if self._under_way is None else _wait(self._under_way),
+            "sums": _sum_over_ranks(self._sums.clone()),
+            "under_way": self._under_way.sums,
             "timed": [[timed.ratio, timed.nanoseconds()] for timed in self._timed],
             "timed_before": [[timed.ratio, timed.nanoseconds()] for timed in self._timed_before],
         }
@@ -152,17 +168,15 @@ class Measurement:
     def load_state_dict(self, state: Mapping[str, Any], *, rank: int) -> None:
         """What state_dict gave on any rank, of a gate with the same ratios."""
         # The sums are those of all ranks: one of them goes on with them.
-        self._sums = torch.tensor(state["sums"], device=self._device) * (rank == 0)
+        self._sums = state["sums"].to(self._device) * (rank == 0)
         arrived = state["under_way"]
-        self._under_way = None if arrived is None else (torch.tensor(arrived), None)
+        self._under_way = _UnderWay(arrived.to(self._device), arrived.cpu())
         self._timed = [_restored(ratio, ns) for ratio, ns in state["timed"]]
         self._timed_before = [_restored(ratio, ns) for ratio, ns in state["timed_before"]]
         self._step = None
 
     def _arrived(self) -> tuple[Observation, int]:
-        if self._under_way is None:
-            return Observation(), 0
-        seen, ranks, *figures = _wait(self._under_way)
+        seen, ranks, *figures = self._under_way.wait()
         count = len(self._ratios)
         mass_R, share_R, ns_R = figures[:count], figures[count : 2 * count], figures[2 * count : 3 * count]
         nonfinite_I = figures[3 * count :]
@@ -190,7 +204,7 @@ class Measurement:
         if on_cuda:
             event = torch.cuda.Event()
             event.record()
-        self._under_way = host, event
+        self._under_way = _UnderWay(vector, host, event)
         self._sums.zero_()
 
 
@@ -204,14 +218,6 @@ def _medians(timed: list[_Timed]) -> dict[float, int]:
 
 def _restored(ratio: float, nanoseconds: int) -> _Timed:
     return _Timed(ratio, lambda: nanoseconds)
-
-
-def _wait(under_way: tuple[Tensor, torch.cuda.Event | None]) -> list[int]:
-    """The figures, which have arrived long ago unless the device is an interval behind."""
-    host, event = under_way
-    if event is not None:
-        event.synchronize()
-    return [int(figure) for figure in host.tolist()]
 
 
 def _sum_over_ranks(figures: Tensor) -> Tensor:

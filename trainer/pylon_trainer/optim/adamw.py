@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pylon_api.training import OptimizerSpec
-from pylon_trainer.errors import ConfigError
 
 
 class AdamW:
@@ -89,23 +88,13 @@ class AdamW:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Both moments of every parameter by its name, and the number of updates. Not copies."""
+        """Both moments of every parameter by its name, and the number of updates. Not copies: whoever writes to them
+        restores a state."""
         return {
             "updates": self._updates,
             "first_moments": dict(self._first_moments),
             "second_moments": dict(self._second_moments),
         }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave. ConfigError naming the first parameter that differs."""
-        self._updates.copy_(state["updates"])
-        for kind, moments in (("first_moments", self._first_moments), ("second_moments", self._second_moments)):
-            if state[kind].keys() != moments.keys():
-                name = min(state[kind].keys() ^ moments.keys())
-                raise ConfigError(f"the checkpoint's optimizer and this model differ in {name}")
-            for name, moment in moments.items():
-                moment.copy_(state[kind][name])
 
 
 def named_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:

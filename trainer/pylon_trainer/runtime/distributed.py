@@ -113,12 +113,12 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, state: Any) -> Any:
-        """Rank 0's nested dictionaries of tensors and plain values, on each rank and on the CPU."""
-        skeleton = [_skeleton(state) if self.rank == 0 else None]
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """One rank's small value, on each."""
+        values = [value]
         with collective():
-            dist.broadcast_object_list(skeleton, device=torch.device("cpu"))
-        return self._fill(skeleton[0], state)
+            dist.broadcast_object_list(values, src=source, device=torch.device("cpu"))
+        return values[0]
 
     def broadcast_tensor(self, tensor: Tensor, source: int) -> None:
         """One rank's values of a contiguous tensor, into that of each, wherever it lives."""
@@ -126,23 +126,6 @@ class World:
             dist.broadcast(tensor, src=source)
         is_source = self.rank == source
         self.traffic.add(tensor.nbytes * is_source, tensor.nbytes * (not is_source))
-
-    def _fill(self, skeleton: Any, state: Any) -> Any:
-        if isinstance(skeleton, dict):
-            return {key: self._fill(part, state and state[key]) for key, part in skeleton.items()}
-        if isinstance(skeleton, Tensor):
-            tensor = state.contiguous() if self.rank == 0 else torch.empty_like(skeleton, device="cpu")
-            with collective():
-                dist.broadcast(tensor, src=0)
-            return tensor
-        return skeleton
-
-
-def _skeleton(state: Any) -> Any:
-    """The same structure with tensors that have a shape and a type but no data."""
-    if isinstance(state, dict):
-        return {key: _skeleton(part) for key, part in state.items()}
-    return torch.empty_like(state, device="meta") if isinstance(state, Tensor) else state
 
 
 def join_world(gpus_per_node: int, timeout_seconds: float) -> World:

@@ -13,7 +13,7 @@ _DEFAULT_GRACE_SECONDS = 30
 """As Kubernetes has it when a pod says nothing."""
 
 _DEFAULT_COLLECTIVE_TIMEOUT_SECONDS = 1800
-"""It must outlast the slowest checkpoint, which the other ranks wait for."""
+"""It must outlast reading a checkpoint back, and an evaluation: some ranks wait there for others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -23,6 +24,13 @@ def make_deterministic() -> None:
 def seed_everything(seed: int, rank: int = 0) -> None:
     """Seed this process's generators. Ranks that must draw alike pass the same rank."""
     torch.manual_seed((seed << 20) + rank)
+
+
+def reseed(seed: int, rank: int, step: int) -> None:
+    """Seed the generators of a process that goes on at a step in another's place: the same way every time, and as no
+    other rank or step."""
+    (state,) = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class StopFlag:
         """Whether someone asked to stop."""
         return self._first_time is not None
 
+    @property
+    def age_seconds(self) -> float | None:
+        """Since someone asked to stop; None when nobody did."""
+        return None if self._first_time is None else time.monotonic() - self._first_time
+
     def _hear(self, _: int) -> None:
         now = time.monotonic()
         if not self._deferred:

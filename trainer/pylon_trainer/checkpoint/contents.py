@@ -1,0 +1,107 @@
+"""What of a run goes into a checkpoint, and how a run goes on from one.
+
+What is equal on all ranks is one tree, what a rank has for itself another. A checkpoint must fit: one of another model
+or tokenizer is refused by the name of the first field or tensor that differs, before anything is read into the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylon_trainer.checkpoint.manifest import Manifest, placeholders
+from pylon_trainer.checkpoint.state import separate
+from pylon_trainer.consensus import divide_up
+from pylon_trainer.data import merge_states
+from pylon_trainer.errors import ConfigError
+from pylon_trainer.run import Run
+from pylon_trainer.runtime.seeds import load_rng_state, reseed, rng_state
+
+
+def replicated(run: Run) -> dict[str, Any]:
+    """What every rank has alike. Its tensors are the run's own but for those of the gate. Collective."""
+    return {
+        **_live(run),
+        "gate": run.training_step.state_dict(),
+        "position": {"step": run.step, "tokens": run.tokens},
+        "identity": _identity(run),
+    }
+
+
+def own(run: Run) -> dict[str, Any]:
+    """What this rank alone has."""
+    return {
+        "data": run.data.state_dict(),
+        "rng": rng_state(run.world.device),
+        "exchange": run.exchange.state_dict(),
+    }
+
+
+def live_tensors(run: Run) -> dict[str, Tensor]:
+    """The tensors of the run that a checkpoint is read into, by their keys."""
+    return separate(_live(run))[1]
+
+
+def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
+    """ConfigError naming the first field or tensor in which a checkpoint is not one of this model and tokenizer."""
+    saved, wanted = manifest.replicated["identity"], _identity(run)
+    for field in sorted(saved["model"].keys() | wanted["model"].keys()):
+        had, asked = saved["model"].get(field), wanted["model"].get(field)
+        if had != asked:
+            raise ConfigError(f"training.model.{field} is {asked}, but {uri} was trained with {had}")
+    if saved["tokenizer"] != wanted["tokenizer"]:
+        raise ConfigError(f"training.data.tokenizer is not the one that {uri} was trained with")
+    live = {part: manifest.replicated[part] for part in ("model", "optimizer")}
+    shapes = {place["key"]: tuple(place["shape"]) for place in placeholders(live)}
+    tensors = live_tensors(run)
+    for key in sorted(shapes.keys() | tensors.keys()):
+        kept = shapes.get(key, "absent")
+        asked = tuple(tensors[key].shape) if key in tensors else "absent"
+        if kept != asked:
+            raise ConfigError(f"{key} is {asked} in this run, but {kept} in {uri}")
+
+
+def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]], is_same_size: bool) -> bool:
+    """Put a run whose live tensors hold a checkpoint's values where the rest of it says.
+
+    owns: what each rank of that run had for itself; with as many ranks now, the tensors of this rank's alone are looked
+    at. With another number generators begin anew, alike every time, and what the exchange kept is divided up. Returns
+    whether data goes on: it is another's, and read from its start, when what is read has changed.
+    """
+    run.step, run.tokens = state["position"]["step"], state["position"]["tokens"]
+    run.training_step.load_state_dict(state["gate"])
+    exchanges = [rank.get("exchange", {}) for rank in owns]
+    if is_same_size:
+        load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)
+        run.exchange.load_state_dict(exchanges[run.world.rank])
+    else:
+        reseed(run.config.training.seed, run.world.rank, run.step)
+        run.exchange.load_state_dict(divide_up(exchanges, run.world.size))
+    is_same_data = bool(state["identity"]["data"] == _identity(run)["data"])
+    if is_same_data:
+        run.data.load_state_dict(merge_states([dict(rank["data"]) for rank in owns]))
+    return is_same_data
+
+
+def _live(run: Run) -> dict[str, Any]:
+    return {"model": _tensors(run.model), "optimizer": run.optimizer.state_dict()}
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers, each shared tensor once (named_parameters leaves out its other names)."""
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must agree between a checkpoint and the run that goes on from it."""
+    training = run.config.training
+    data = training.data.model_copy(update={"prefetch_batches": 0}).to_wire()  # reading ahead moves no position
+    return {
+        "model": training.model.to_wire(),
+        "tokenizer": run.data.tokenizer.fingerprint,
+        "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
+    }
