@@ -32,7 +32,7 @@ class Channel(Protocol):
     kept_N: Tensor | None
     """float32: what of this rank's gradients has not been sent yet; None where nothing is kept as values."""
     has_momentum: bool
-    """Whether what is kept is a momentum, which then is the optimizer's first moment as well."""
+    """Whether what comes out is gathered over many steps already, so that the optimizer must not smooth it further."""
 
     def exchange(self, gradient_N: Tensor, is_skipped: Tensor) -> Tensor:
         """The sum over ranks of what got through, float32, equal on all ranks bit for bit. Collective.
@@ -78,7 +78,7 @@ class BlockChannel:
         self.name = codec.name if every == 1 else f"{codec.name} every {every}"
         self.bytes_per_step = summed_bytes(codec, self._blocks, world.size)
         self.kept_N = kept_N
-        self.has_momentum = decay < 1
+        self.has_momentum = decay < 1 or every > 1
 
     def exchange(self, gradient_N: Tensor, is_skipped: Tensor) -> Tensor:
         """See Channel. Values whose turn it is not have sum 0."""
