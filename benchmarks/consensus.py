@@ -4,7 +4,8 @@
     python benchmarks/consensus.py [--ranks 2] [--codecs Dct Auto]     # trains; adds to the results that are there
     python benchmarks/consensus.py --scale small                       # gloo on CPUs, minutes
 
-Every run of a seed starts from the same weights, sees the same tokens in the same steps and has the same schedule.
+Every run of a seed starts from the same weights, sees the same tokens in the same steps and has the same schedule, with
+a lower peak (--late-rate) for codecs whose sums are gathered over many steps.
 `below_bf16_ddp` is how many times fewer bytes a rank moves than a ring all-reduce of its gradients in bfloat16.
 `communication_share` is the time of the collectives alone, repeated without anything between them, of a step's.
 Projections to more ranks (consensus_projection.json) are arithmetic, not measurements: alpha for each hop of a ring and
@@ -106,6 +107,7 @@ class Task:
     steps: int
     bytes_per_step: int
     learning_rate: float
+    late_rate: float
     every_steps: int
     compile: Compile
     corpus: Path
@@ -122,6 +124,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps of a run")
     parser.add_argument("--bytes-per-step", type=int, help="budget of the codecs that have a size")
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument(
+        "--late-rate", type=float, default=1 / 3, help="of codecs that sum over steps, as a share of the learning rate"
+    )
     parser.add_argument("--every-steps", type=int, default=1, help="of Int8 and Int4")
     compile = Compile.DEFAULT if torch.cuda.is_available() else Compile.OFF
     parser.add_argument("--compile", choices=[*Compile], default=compile)
@@ -138,6 +143,7 @@ def main() -> None:
         arguments.steps or scale.steps,
         arguments.bytes_per_step or scale.bytes_per_step,
         arguments.learning_rate or scale.learning_rate,
+        arguments.late_rate,
         arguments.every_steps,
         Compile(arguments.compile),
         arguments.corpus,
@@ -201,6 +207,7 @@ class Laboratory:
         self._restart(seed)
         optimizer = AdamW(self._parameters, training.optimizer)
         exchange = build_exchange(world, training, self._parameters)
+        peak_rate = task.learning_rate * (task.late_rate if exchange.smoothed else 1)
         step_bytes, step_ms, exchange_ms = [], [], []
         for step, batch in zip(range(task.steps), self._batches(seed), strict=False):
             begin_bytes = world.traffic.bytes
@@ -213,7 +220,7 @@ class Laboratory:
             exchange.exchange(named_gradients(self._parameters))
             marks += [Mark(self._device)] if is_timed else []
             rate = learning_rate_ratio(training.schedule, step, task.steps)
-            optimizer.update(task.learning_rate * rate, smoothed=exchange.smoothed)
+            optimizer.update(peak_rate * rate, smoothed=exchange.smoothed)
             for parameter in self._parameters.values():
                 parameter.grad = None
             step_bytes.append(world.traffic.bytes - begin_bytes)
@@ -235,7 +242,7 @@ class Laboratory:
             "loss": self._held_out_loss(),
             "steps": task.steps,
             "tokens": task.steps * task.scale.sequences * task.scale.tokens,
-            "learning_rate": task.learning_rate,
+            "learning_rate": peak_rate,
             "step_ms": ms,
             "exchange_share": statistics.median(exchange_ms) / ms,
             "communication_share": self._communication_ms() / ms,

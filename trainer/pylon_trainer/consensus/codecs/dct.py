@@ -67,9 +67,9 @@ class Dct:
         mean_B1, code_BK = BFLOAT16.decode(payload_BP[:, :width]), payload_BP[:, width:]
         magnitude_BK = torch.exp2((code_BK & (self._magnitudes - 1)).float() + self._lowest_exponent) * mean_B1
         sign_BK = 1 - 2 * (code_BK >> self._magnitude_bits & 1).float()
-        place_B1K = (code_BK >> (self._magnitude_bits + 1)).long().unsqueeze(1)
-        coefficients_BGK = magnitude_BK.new_zeros(len(code_BK), self._group, code_BK.shape[1])
-        coefficients_BGK.scatter_(1, place_B1K, (sign_BK * magnitude_BK).unsqueeze(1))
+        place_B1K = (code_BK >> (self._magnitude_bits + 1)).unsqueeze(1)
+        places_G1 = torch.arange(self._group, dtype=torch.uint8, device=payload_BP.device).unsqueeze(1)
+        coefficients_BGK = torch.where(place_B1K == places_G1, (sign_BK * magnitude_BK).unsqueeze(1), 0)
         basis_SS = _basis(payload_BP.device)
         values_BSS: Tensor = basis_SS.T @ coefficients_BGK.view(-1, SIDE, SIDE) @ basis_SS
         return values_BSS.view(len(code_BK), -1)
