@@ -182,7 +182,12 @@ class TrainerStatus(Report):
     difficulty: DifficultyReport | None = None
     """How hard the tokens were; unset without gating."""
     bytes_per_step: int | None = None
-    """Bytes that one rank exchanged per step, the larger of sent and received."""
+    """Bytes that rank 0 exchanged with others per step, all in, the larger of sent and received; median of the last log
+    interval."""
+    bytes_per_step_peak: int | None = None
+    """The most of any step of this attempt."""
+    healed_replicas: int = 0
+    """Times in this attempt that ranks whose weights or optimizer state differed were given rank 0's."""
     skipped_steps: int = 0
     """Steps of this attempt whose update was left out because logits or gradients were not finite."""
     step_seconds: float | None = None

@@ -514,6 +514,71 @@ class GatingSpec(Spec):
         return self
 
 
+class ConsensusCodec(enum.StrEnum):
+    AUTO = "Auto"
+    EXACT = "Exact"
+    INT8 = "Int8"
+    INT4 = "Int4"
+    SKETCH = "Sketch"
+    SPARSE_ROWS = "SparseRows"
+    DCT = "Dct"
+
+
+class Disagreement(enum.StrEnum):
+    HEAL = "Heal"
+    STOP = "Stop"
+
+
+class ConsensusSpec(Spec):
+    """How ranks turn their own gradients into one, and how many bytes that may take.
+
+    Vectors (norms, biases) are few and go as floating-point numbers or Int8 whatever the codec.
+    """
+
+    codec: ConsensusCodec = ConsensusCodec.EXACT
+    """Exact: the plain sum, in float32. Int8, Int4: integers with a scale per block. Dct: the largest coefficients of a
+    chunked cosine transform, a byte each. Sketch: a count-sketch with momentum and error feedback inside. SparseRows:
+    the largest rows of embeddings, heads and codebooks, and Dct for all other matrices. Auto: whatever of these loses
+    least within bytesPerStep (sketches left out), by group of tensors, measured on the first steps."""
+    bytes_per_step: int | None = Field(default=None, ge=1, le=2**53)
+    """Bytes that a rank may send in a step, all in, and as many that it may receive. Codecs with a size (Auto, Dct,
+    Sketch, SparseRows) are given the largest that fits. Unset: 2,000,000 for those, no limit for Int8 and Int4. Exact
+    knows no limit."""
+    every_steps: int = Field(default=1, ge=1, le=1024)
+    """Steps in which every value of matrices gets one turn to be exchanged, a different part in each step; 1 exchanges
+    all in every step. Int8, Int4 and Dct; to fit bytesPerStep, Auto and Dct may take more."""
+    error_feedback: bool = True
+    """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
+    gone."""
+    hash_check_steps: int = Field(default=100, ge=0, le=2**53)
+    """Steps between comparisons of all ranks' weights and optimizer state, by hash; 0 switches them off."""
+    on_disagreement: Disagreement = Disagreement.HEAL
+    """What happens when they differ. Heal: all go on with rank 0's, and the status says so. Stop: the attempt ends as
+    PeerLost, and the next goes on from the newest checkpoint."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.bytesPerStep) || self.codec != 'Exact'",
+                "bytesPerStep needs a codec other than Exact, which knows no limit",
+            ),
+            rule(
+                "self.everySteps == 1 || self.codec in ['Auto', 'Int8', 'Int4', 'Dct']",
+                "everySteps needs codec Auto, Int8, Int4 or Dct",
+            ),
+        )
+    )
+
+    @model_validator(mode="after")
+    def _codec_has_what_it_needs(self) -> Self:
+        if self.bytes_per_step is not None and self.codec is ConsensusCodec.EXACT:
+            raise ValueError("bytesPerStep needs a codec other than Exact, which knows no limit")
+        turns = (ConsensusCodec.AUTO, ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.DCT)
+        if self.every_steps > 1 and self.codec not in turns:
+            raise ValueError(f"everySteps needs codec Auto, Int8, Int4 or Dct, not {self.codec}")
+        return self
+
+
 _ONE_CHECKPOINT = "/(latest|step-[0-9]{12}-attempt-[0-9]{6}-[0-9a-f]{8})/*$"
 _TWO_CHECKPOINTS = "uri names a checkpoint already: leave out step, or give uri without its last part"
 
@@ -645,6 +710,8 @@ class TrainingSpec(Spec):
     """Fixes initialisation, data order and gating; the same seed on the same machines gives the same losses."""
     gating: GatingSpec = GatingSpec()
     """Which tokens the backward pass is spent on."""
+    consensus: ConsensusSpec = ConsensusSpec()
+    """How ranks turn their own gradients into one."""
     checkpoint: CheckpointSpec | None = None
     """Where and how often training is saved. Unset: nothing is saved."""
     evaluation: EvaluationSpec = EvaluationSpec()

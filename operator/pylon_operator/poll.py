@@ -28,6 +28,7 @@ MOVING = {
     "gate",
     "difficulty",
     "bytes_per_step",
+    "bytes_per_step_peak",
     "step_seconds",
     "saves",
 }

@@ -43,6 +43,7 @@ def full_job() -> Json:
         "optimizer": {},
         "batch": {},
         "gating": {},
+        "consensus": {},
         "checkpoint": {"uri": "./runs", "local": {"directory": "/var/pylon"}, "restoreFrom": {"uri": "./other"}},
         "evaluation": {},
         "export": {},
@@ -126,6 +127,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
         "spec.training.gating.engine": "SinglePass",
         "spec.training.gating.depthBuckets": 2,
     },
+    "spec.training.consensus.bytesPerStep": {"spec.training.consensus.codec": "Auto"},
+    "spec.training.consensus.everySteps": {"spec.training.consensus.codec": "Dct"},
     "spec.training.data.tokenizer.kind": {"spec.training.data.tokenizer.uri": "t.json"},
     "spec.training.data.tokenizer.uri": {"spec.training.data.tokenizer.kind": "File"},
 }
@@ -213,6 +216,7 @@ def _short(value: Any) -> str:
 
 TRAINING = "spec.training"
 TOKENIZER = f"{TRAINING}.data.tokenizer"
+CONSENSUS = "spec.training.consensus"
 GATING = f"{TRAINING}.gating"
 FALLING = {"ratioControl": "Fixed", "tokenRatio": 0.5, "finalTokenRatio": 0.25, "decaySteps": 100}
 NAME = "metadata.name"
@@ -330,6 +334,12 @@ RULE_CASES = [
     Case("two passes that recompute", {GATING: {"engine": "TwoPass", "rowActivations": "Recompute"}}),
     Case("a head that recomputes", {GATING: {"rowActivations": "Recompute"}}, "needs engine SinglePass or TwoPass"),
     Case("a leak without tiers", {GATING: {"engine": "SinglePass", "leakRate": 0.1}}, "leakRate needs depthBuckets"),
+    Case("a budget", {CONSENSUS: {"codec": "Auto", "bytesPerStep": 1000}}),
+    Case(
+        "a budget for all there is", {CONSENSUS: {"bytesPerStep": 1000}}, "bytesPerStep needs a codec other than Exact"
+    ),
+    Case("integers in turns", {CONSENSUS: {"codec": "Int4", "everySteps": 8}}),
+    Case("a sketch in turns", {CONSENSUS: {"codec": "Sketch", "everySteps": 8}}, "everySteps needs codec Auto, Int8"),
     Case("whole sequences", {GATING: {"granularity": "Sequence", "selection": "Top", "routerLayers": 2}}),
     Case(
         "whole sequences row by row",

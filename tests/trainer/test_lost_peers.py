@@ -24,6 +24,7 @@ from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.run import Run
+from pylon_trainer.runtime import stalls
 
 MakeConfig = Callable[..., dict[str, Any]]
 
@@ -141,13 +142,16 @@ def test_a_peer_that_is_stuck_outside_of_any_collective_notices_too(
     assert first.report.message == "rank 1 died or its machine vanished"
 
 
-def test_a_peer_that_is_frozen_is_given_up_after_the_timeout(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_peer_that_is_frozen_is_given_up_after_the_timeout_and_named(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, frozen: int
 ) -> None:
-    die_in(monkeypatch, ExactExchange, "exchange", call=3, by=signal.SIGSTOP)
+    monkeypatch.setattr(stalls, "GRACE_SECONDS", 1.0)
+    die_in(monkeypatch, ExactExchange, "exchange", rank=str(frozen), call=3, by=signal.SIGSTOP)
     timeout = {names.ENV_COLLECTIVE_TIMEOUT_SECONDS: "3"}
-    first, second = start_gang(tmp_path, make_config(nodes=2, processes=1), timeout)
-    assert first.wait() == ExitCode.PEER_LOST, first.log
-    assert first.report.message.startswith("a peer died or fell silent: ")
-    os.kill(second.pid, signal.SIGKILL)  # and with the launcher its frozen worker
-    assert second.wait() == 128 + signal.SIGKILL
+    pods = start_gang(tmp_path, make_config(nodes=3, processes=1, batch={"sequences": 6}), timeout)
+    others = [pod for rank, pod in enumerate(pods) if rank != frozen]
+    assert [pod.wait() for pod in others] == [ExitCode.PEER_LOST] * 2, others[0].log
+    assert any(pod.report.message.startswith(f"rank {frozen} fell silent: ") for pod in others)
+    os.kill(pods[frozen].pid, signal.SIGKILL)  # and with the launcher its frozen worker
+    assert pods[frozen].wait() == 128 + signal.SIGKILL

@@ -19,6 +19,7 @@ from gangs import run_gang, run_pod, save_at_once
 from pylon_api import names
 from pylon_api.names import ExitCode
 from pylon_api.run import GateDecision, TrainerPhase
+from pylon_trainer.consensus.compressed import CompressedExchange
 from pylon_trainer.gating import gate, measurement
 from pylon_trainer.gating.step import PlainStep
 from pylon_trainer.run import Run
@@ -127,11 +128,12 @@ def test_resonate_trains_with_every_gate(gating: dict[str, Any], tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "gating",
+    "fields",
     [
         {},
-        {"strategy": "GradientNorm", "ratioControl": "Fixed"},
-        {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6},
+        {"gating": {"strategy": "GradientNorm", "ratioControl": "Fixed"}},
+        {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},
+        {"consensus": {"codec": "Auto", "bytesPerStep": 7000}},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
@@ -139,12 +141,12 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     make_config: MakeConfig,
     checkpoints: Path,
     monkeypatch: pytest.MonkeyPatch,
-    gating: dict[str, Any],
+    fields: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(gate, "INTERVAL_STEPS", 2)  # so that the ratio moves within the run
     monkeypatch.setattr(measurement, "INTERVAL_STEPS", 2)
     save_at_once(monkeypatch)
-    exit_code, whole = run_pod(tmp_path / "whole", make_config(gating=gating))
+    exit_code, whole = run_pod(tmp_path / "whole", make_config(**fields))
     assert exit_code == 0, whole.log
     files = newest(checkpoints)
     assert len(files) == 2
@@ -152,20 +154,20 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
 
     with monkeypatch.context() as patch:
         stop_pod_in_step(patch, step=4, rank=1)
-        exit_code, first = run_pod(tmp_path / "parts", make_config(gating=gating))
+        exit_code, first = run_pod(tmp_path / "parts", make_config(**fields))
     assert exit_code == ExitCode.STOPPED, first.log
     assert committed_steps(checkpoints) == [3, 5]
     assert first.report.message.startswith(f"asked to stop: left at step 5, saved in {checkpoints}")
     assert first.final.checkpoint is not None
     assert first.final.checkpoint.step == 5
 
-    exit_code, second = run_pod(tmp_path / "parts", make_config(attempt=2, gating=gating))
+    exit_code, second = run_pod(tmp_path / "parts", make_config(attempt=2, **fields))
     assert exit_code == 0, second.log
     assert second.final.restored_from == first.final.checkpoint.uri
     assert min(second.values("loss")) == 6
     assert first.values("loss") | second.values("loss") == whole.values("loss")
     assert newest(checkpoints) == files
-    if gating.get("ratioControl") != "Fixed" and gating:
+    if "fallback" in fields.get("gating", {}):
         assert len(set(whole.values("token_ratio").values())) > 1, "the ratio has moved"
 
 
@@ -220,6 +222,38 @@ def test_a_run_goes_on_with_another_number_of_processes(
         assert float(loss) == pytest.approx(expected[step], abs=2e-5)
 
 
+def test_what_ranks_kept_of_their_gradients_goes_to_another_number_of_ranks(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consensus = {"codec": "Int4", "everySteps": 4}
+    state_dict, load_state_dict = CompressedExchange.state_dict, CompressedExchange.load_state_dict
+
+    def note(exchange: CompressedExchange, when: str) -> None:
+        torch.save(state_dict(exchange)["channels"], tmp_path / f"{when}-{os.environ['RANK']}.pt")
+
+    def patched_state_dict(exchange: CompressedExchange) -> dict[str, Any]:
+        note(exchange, "saved")
+        return state_dict(exchange)
+
+    def patched_load(exchange: CompressedExchange, state: dict[str, Any]) -> None:
+        load_state_dict(exchange, state)
+        note(exchange, "loaded")
+
+    def kept(when: str, ranks: int) -> dict[str, torch.Tensor]:
+        states = [torch.load(tmp_path / f"{when}-{rank}.pt") for rank in range(ranks)]
+        return {kind: sum(state[kind]["kept"] for state in states) for kind in states[0]}
+
+    monkeypatch.setattr(CompressedExchange, "state_dict", patched_state_dict)
+    monkeypatch.setattr(CompressedExchange, "load_state_dict", patched_load)
+    schedule = {"steps": 5}
+    assert run_gang(tmp_path, make_config(schedule=schedule, consensus=consensus)) == [0]
+    before = kept("saved", 2)
+    assert before["matrices"].norm() > 0.1
+    exit_code, pod = run_pod(tmp_path, make_config(attempt=2, processes=4, schedule=schedule, consensus=consensus))
+    assert exit_code == 0, pod.log
+    torch.testing.assert_close(kept("loaded", 4), before)
+
+
 def test_a_finished_run_that_starts_again_trains_no_step(tmp_path: Path, make_config: MakeConfig) -> None:
     assert run_gang(tmp_path, make_config()) == [0]
     exit_code, pod = run_pod(tmp_path, make_config(attempt=2))
@@ -271,12 +305,20 @@ def spoil(monkeypatch: pytest.MonkeyPatch, what: str, is_spoiled: Callable[[int]
     monkeypatch.setattr(PlainStep, "_hidden", patched_hidden)
 
 
-@pytest.mark.parametrize(("what", "told"), [("gradients", "gradients"), ("logits", "logits of 1 token(s)")])
+@pytest.mark.parametrize(
+    ("what", "told", "codec"),
+    [
+        ("gradients", "gradients", "Exact"),
+        ("logits", "logits of 1 token(s)", "Exact"),
+        ("gradients", "gradients", "Auto"),
+        ("logits", "logits of 1 token(s)", "Int8"),
+    ],
+)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all_and_told(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str, told: str
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str, told: str, codec: str
 ) -> None:
     spoil(monkeypatch, what, lambda step: step in (3, 5))
-    exit_code, pod = run_pod(tmp_path, make_config())
+    exit_code, pod = run_pod(tmp_path, make_config(consensus={"codec": codec, "hashCheckSteps": 1}))
     assert (exit_code, pod.final.skipped_steps) == (0, 2), pod.log
     assert pod.final.notices == [
         f"by step 4 an update was left out because {told} were not finite; skippedSteps counts on"

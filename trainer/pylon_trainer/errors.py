@@ -2,6 +2,7 @@
 
 TrainerError
 ├── ConfigError        78  the configuration cannot work
+│   └── SharedConfigError   and every rank has found that out
 ├── DataError          65  the data cannot be read or is empty
 ├── StorageError       74  a store or disk refused after retries
 ├── PeerLost           76  a peer died or fell silent
@@ -26,6 +27,10 @@ class ConfigError(TrainerError):
     """The configuration cannot work, here or anywhere."""
 
     exit_code = ExitCode.BAD_CONFIG
+
+
+class SharedConfigError(ConfigError):
+    """The configuration cannot work, and every rank raises this at the same place: none of them is lost."""
 
 
 class DataError(TrainerError):

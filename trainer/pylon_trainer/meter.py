@@ -1,7 +1,8 @@
-"""What happened since the last log line: losses, tokens, time. Sums stay on the device until they are read."""
+"""What happened since the last log line: losses, tokens, time, bytes. Sums stay on the device until they are read."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ class Reading:
     step_seconds: float
     """Mean, with the device's work."""
     bytes_per_step: int
+    """Median."""
+    bytes_per_step_peak: int
+    """Most of any step since the process began."""
     gradient_norm: float
     learning_rate: float
     nonfinite_tokens: int
@@ -39,6 +43,8 @@ class Meter:
     def __init__(self, world: World) -> None:
         self._world = world
         self._tally = torch.zeros(difficulty.SHAPE, dtype=torch.float64, device=world.device)
+        self._peak_bytes = 0
+        self._last_bytes = world.traffic.bytes
         self.training_seconds = 0.0
         """Since training began, without pauses."""
         self._reset()
@@ -47,7 +53,7 @@ class Meter:
         self._sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
         self._seconds = 0.0
         self._steps = 0
-        self._exchanged_bytes = 0
+        self._step_bytes: list[int] = []
         self._last_time = time.perf_counter()
 
     def add(self, update: Update) -> None:
@@ -61,19 +67,22 @@ class Meter:
             if result.difficulty is not None:
                 self._tally += result.difficulty
         self._update = update
-        self._exchanged_bytes += update.exchanged_bytes
         self._steps += 1
         self._count_time()
+        self._step_bytes.append(self._world.traffic.bytes - self._last_bytes)
+        self._last_bytes = self._world.traffic.bytes
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is no training time: an evaluation. Waits for the device first, whose lag counts towards the
+        """Time and bytes in here are no step's: an evaluation. Waits for the device first, whose lag counts towards the
         steps before."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
         self._count_time()
+        before_bytes = self._world.traffic.bytes
         yield
         self._last_time = time.perf_counter()
+        self._last_bytes += self._world.traffic.bytes - before_bytes
 
     def read(self) -> Reading:
         """Close the interval. Collective; waits for the device, whose lag counts too."""
@@ -82,12 +91,14 @@ class Meter:
         loss_sum, finite_tokens, tokens, nonfinite_tokens = totals[:4].tolist()
         tally = totals[4:].reshape(difficulty.SHAPE)
         gradient_norm = float(self._update.gradient_norm)
+        self._peak_bytes = max(self._peak_bytes, *self._step_bytes)
         self._count_time()
         reading = Reading(
             loss=loss_sum / finite_tokens if finite_tokens else None,
             tokens_per_second=tokens / self._seconds,
             step_seconds=self._seconds / self._steps,
-            bytes_per_step=self._exchanged_bytes // self._steps,
+            bytes_per_step=int(statistics.median(self._step_bytes)),
+            bytes_per_step_peak=self._peak_bytes,
             gradient_norm=gradient_norm,
             learning_rate=self._update.learning_rate,
             nonfinite_tokens=int(nonfinite_tokens),

@@ -30,7 +30,9 @@ _GAUGES = {
     "loss": "Training loss over the last log interval, nats per token.",
     "held_out_loss": "Held-out loss, nats per token.",
     "tokens_per_second": "Tokens per second over all ranks, last log interval.",
-    "bytes_per_step": "Bytes that one rank exchanged per step, the larger of sent and received.",
+    "bytes_per_step": "Bytes that rank 0 exchanged per step, the larger of sent and received, median of the last log"
+    " interval.",
+    "bytes_per_step_peak": "The most of any step of this attempt.",
     "step_seconds": "Mean seconds per step over the last log interval.",
 }
 
@@ -85,6 +87,8 @@ def _progress(status: TrainerStatus) -> Iterator[Metric]:
     yield CounterMetricFamily("pylon_trainer_tokens", "Tokens trained on.", value=status.tokens)
     description = "Steps whose update was left out because logits or gradients were not finite."
     yield CounterMetricFamily("pylon_trainer_skipped_steps", description, value=status.skipped_steps)
+    description = "Times that ranks whose weights differed were given rank 0's."
+    yield CounterMetricFamily("pylon_trainer_healed_replicas", description, value=status.healed_replicas)
     phases = GaugeMetricFamily("pylon_trainer_phase", "1 for what the trainer is doing.", labels=["phase"])
     for phase in TrainerPhase:
         phases.add_metric([phase.value], float(phase is status.phase))

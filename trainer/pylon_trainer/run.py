@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pylon_api.run import RunConfig
 from pylon_trainer.consensus import Exchange
-from pylon_trainer.consensus.exact import ExactExchange
+from pylon_trainer.consensus.agreement import Agreement, refuse_disagreement
+from pylon_trainer.consensus.build import build_exchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
@@ -29,7 +30,6 @@ class Update:
     """One of each micro-batch."""
     gradient_norm: Tensor
     learning_rate: float
-    exchanged_bytes: int
 
 
 @dataclass(slots=True)
@@ -44,6 +44,7 @@ class Run:
     parameters: dict[str, torch.nn.Parameter]
     optimizer: AdamW
     exchange: Exchange
+    agreement: Agreement
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -59,7 +60,7 @@ class Run:
         """One optimizer step on this rank's batch. Collective.
 
         global_tokens: labelled tokens of this step over all ranks, so that the summed gradients are those of the mean.
-        before_update: called once gradients are there and before parameters and optimizer change.
+        before_update: called once gradients are there and before exchange, parameters and optimizer change.
         """
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
@@ -68,14 +69,14 @@ class Run:
             self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
             for part in self.micro_batches(batch)
         ]
-        exchanged_bytes = self.exchange.exchange(named_gradients(self.parameters))
         before_update()
-        gradient_norm = self.optimizer.update(learning_rate)
+        self.exchange.exchange(named_gradients(self.parameters))
+        gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
         self.tokens += global_tokens
-        return Update(results, gradient_norm, learning_rate, exchanged_bytes)
+        return Update(results, gradient_norm, learning_rate)
 
 
 def build(config: RunConfig, world: World, data: TrainingData) -> Run:
@@ -86,6 +87,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
     seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    refuse_disagreement(world, config, parameters)
+    optimizer = AdamW(parameters, training.optimizer)
     return Run(
         config=config,
         world=world,
@@ -93,7 +96,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         model=model,
         training_step=build_step(model, training, world.device),
         parameters=parameters,
-        optimizer=AdamW(parameters, training.optimizer),
-        exchange=ExactExchange(world),
+        optimizer=optimizer,
+        exchange=build_exchange(world, training, parameters),
+        agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

@@ -71,6 +71,8 @@ def train(config: RunConfig, world: World, board: Board, stop: StopFlag, grace_s
                 _refuse_to_stay_infinite(run)
             if run.step % training.log_interval_steps == 0 or run.step == run.total_steps:
                 _log(run, meter, board)
+            if _is_due(run, training.consensus.hash_check_steps):
+                _compare_replicas(run, board)
             if _is_due(run, training.evaluation.interval_steps):
                 with meter.paused():
                     _evaluate(run, held_out, board)
@@ -102,6 +104,16 @@ def _refuse_to_stay_infinite(run: Run) -> None:
         )
 
 
+def _compare_replicas(run: Run, board: Board) -> None:
+    healed = run.agreement.check()
+    if healed is not None:
+        notice = f"after step {run.step} {healed}"
+        board.add_notice(notice)
+        board.update(healed_replicas=board.status.healed_replicas + 1)
+        if run.world.rank == 0:
+            logger.warning(notice)
+
+
 def _log(run: Run, meter: Meter, board: Board) -> None:
     reading = meter.read()
     gate = run.training_step.report()
@@ -117,6 +129,7 @@ def _log(run: Run, meter: Meter, board: Board) -> None:
         gate=gate,
         difficulty=reading.difficulty,
         bytes_per_step=reading.bytes_per_step,
+        bytes_per_step_peak=reading.bytes_per_step_peak,
         step_seconds=reading.step_seconds,
         skipped_steps=skipped,
     )

@@ -18,7 +18,7 @@ from pylon_api.names import ExitCode
 from pylon_api.run import RunConfig, TrainerStatus
 from pylon_trainer import report
 from pylon_trainer.configuration import read_config
-from pylon_trainer.errors import NonFiniteLoss, Stopped, TrainerError
+from pylon_trainer.errors import NonFiniteLoss, SharedConfigError, Stopped, TrainerError
 from pylon_trainer.runtime.distributed import join_world, leave_world
 from pylon_trainer.runtime.environment import Environment
 from pylon_trainer.runtime.peers import Peers
@@ -87,7 +87,7 @@ def _run(config: RunConfig, environment: Environment, rank: int, board: Board, s
     peers = Peers(world, lost=lambda message: ending.leave(ExitCode.PEER_LOST, message))
     try:
         train(config, world, board, stop, environment.grace_seconds)
-    except (Stopped, NonFiniteLoss):  # all ranks leave together
+    except (Stopped, NonFiniteLoss, SharedConfigError):  # all ranks leave together
         peers.say_farewell()
         raise
     peers.say_farewell()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pylon_trainer.checkpoint.manifest import Manifest, placeholders
 from pylon_trainer.checkpoint.state import separate
+from pylon_trainer.consensus import divide_up
 from pylon_trainer.data import merge_states
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.run import Run
@@ -32,7 +33,11 @@ def replicated(run: Run) -> dict[str, Any]:
 
 def own(run: Run) -> dict[str, Any]:
     """What this rank alone has."""
-    return {"data": run.data.state_dict(), "rng": rng_state(run.world.device)}
+    return {
+        "data": run.data.state_dict(),
+        "rng": rng_state(run.world.device),
+        "exchange": run.exchange.state_dict(),
+    }
 
 
 def live_tensors(run: Run) -> dict[str, Tensor]:
@@ -59,21 +64,22 @@ def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
             raise ConfigError(f"{key} is {asked} in this run, but {kept} in {uri}")
 
 
-def go_on(
-    run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]], own_tensors: Mapping[str, Any] | None
-) -> bool:
+def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]], is_same_size: bool) -> bool:
     """Put a run whose live tensors hold a checkpoint's values where the rest of it says.
 
-    owns: what each rank of that run had for itself, of which only plain values are looked at. own_tensors: this rank's
-    own, or None when there were not as many ranks; generators then begin anew, alike every time. Returns whether data
-    goes on: it is another's, and read from its start, when what is read has changed.
+    owns: what each rank of that run had for itself; with as many ranks now, the tensors of this rank's alone are looked
+    at. With another number generators begin anew, alike every time, and what the exchange kept is divided up. Returns
+    whether data goes on: it is another's, and read from its start, when what is read has changed.
     """
     run.step, run.tokens = state["position"]["step"], state["position"]["tokens"]
     run.training_step.load_state_dict(state["gate"])
-    if own_tensors is None:
-        reseed(run.config.training.seed, run.world.rank, run.step)
+    exchanges = [rank.get("exchange", {}) for rank in owns]
+    if is_same_size:
+        load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)
+        run.exchange.load_state_dict(exchanges[run.world.rank])
     else:
-        load_rng_state(dict(own_tensors["rng"]), run.world.device)
+        reseed(run.config.training.seed, run.world.rank, run.step)
+        run.exchange.load_state_dict(divide_up(exchanges, run.world.size))
     is_same_data = bool(state["identity"]["data"] == _identity(run)["data"])
     if is_same_data:
         run.data.load_state_dict(merge_states([dict(rank["data"]) for rank in owns]))

@@ -47,8 +47,8 @@ class Restored:
     """Whether it outlives the nodes."""
     manifest: Manifest
     replicated: dict[str, Any]
-    own: dict[str, Any] | None
-    """What this rank had for itself; None when the checkpoint is of another number of ranks."""
+    own: list[dict[str, Any]]
+    """What each rank had for itself. With as many ranks now, tensors are there for this rank alone; else for all."""
 
 
 class _Lost(DamagedCheckpoint):
@@ -151,8 +151,8 @@ class _Reader:
         replicated = {place["key"]: place for place in placeholders(manifest.replicated)}
         tensors = {key: targets[key] if key in targets else empty_tensor(place) for key, place in replicated.items()}
         is_same_size = manifest.ranks == self._world.size
-        own = [{p["key"]: p for p in placeholders(tree)} for tree in manifest.own] if is_same_size else []
-        own_tensors: dict[str, Tensor] = {}
+        own = [{p["key"]: p for p in placeholders(tree)} for tree in manifest.own]
+        own_tensors: list[dict[str, Tensor]] = [{} for _ in own]
         for files in _rounds(readers, self._world.size):
             contents = self._read_round(manifest, files, readers)
             for file in files:
@@ -163,14 +163,17 @@ class _Reader:
                     for key in _keys_of(file, places):
                         tensor = empty_tensor(places[key])
                         self._hand_out(tensor, source, content, key)
-                        if rank == self._world.rank:
-                            own_tensors[key] = tensor
+                        if rank == self._world.rank or not is_same_size:
+                            own_tensors[rank][key] = tensor
         return Restored(
             report=report,
             is_in_store=self._is_in_store,
             manifest=manifest,
             replicated=join(manifest.replicated, tensors),
-            own=join(manifest.own[self._world.rank], own_tensors) if is_same_size else None,
+            own=[
+                join(tree, tensors) if tensors else tree
+                for tree, tensors in zip(manifest.own, own_tensors, strict=True)
+            ],
         )
 
     def _load_first(self) -> Found:

@@ -26,9 +26,10 @@ def resume(run: Run, shelves: Sequence[Shelf], notice: Callable[[str], None]) ->
         restored, is_own = _read_other(run, spec.restore_from, notice), False
     if restored is None:
         return None
-    if not contents.go_on(run, restored.replicated, restored.manifest.own, restored.own):
+    is_same_size = restored.manifest.ranks == run.world.size
+    if not contents.go_on(run, restored.replicated, restored.own, is_same_size):
         notice(f"the data differs from that of {restored.report.uri}: it is read from its start")
-    if restored.own is None:
+    if not is_same_size:
         ranks = restored.manifest.ranks
         logger.info(f"{restored.report.uri} is of {ranks} ranks, this run of {run.world.size}: generators begin anew")
     return restored, is_own

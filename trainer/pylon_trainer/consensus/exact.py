@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,22 +17,28 @@ BUCKET_BYTES = 32 * 2**20
 class ExactExchange:
     """All-reduce in flat buckets, in the order of the names given."""
 
+    smoothed = frozenset[str]()
+
     def __init__(self, world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._world = world
         self._bucket_bytes = bucket_bytes
 
-    def exchange(self, named_gradients: Mapping[str, Tensor]) -> int:
-        """See Exchange. A ring all-reduce sends and receives 2 (n - 1) / n of every bucket (Patarasuk & Yuan 2009)."""
+    def exchange(self, named_gradients: Mapping[str, Tensor]) -> None:
+        """See Exchange."""
         if self._world.size == 1:
-            return 0
-        summed_bytes = 0
+            return
         for bucket in self._buckets(named_gradients.values()):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             self._world.sum(flat)
             parts = flat.split([gradient.numel() for gradient in bucket])
             torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
-            summed_bytes += flat.nbytes
-        return 2 * summed_bytes * (self._world.size - 1) // self._world.size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is kept."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing was kept."""
 
     def _buckets(self, gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         bucket: list[Tensor] = []

@@ -8,6 +8,7 @@ over ranks before, so every rank decides alike without a word.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -32,22 +33,31 @@ class AdamW:
         """Steps skipped since the last one that was not."""
 
     @torch.no_grad()
-    def update(self, learning_rate: float) -> Tensor:
-        """Clip, then one step with this learning rate. Returns the global gradient norm before clipping (scalar)."""
+    def update(self, learning_rate: float, smoothed: Container[str] = ()) -> Tensor:
+        """Clip, then one step with this learning rate. Returns the global gradient norm before clipping (scalar).
+
+        smoothed: names of gradients that carry a momentum already; for those beta1 is 0.
+        """
         norm = torch.nn.utils.get_total_norm(named_gradients(self._parameters).values())
         if self._spec.gradient_clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._spec.gradient_clip_norm, norm)
         is_bad = (~torch.isfinite(norm)).float()
         self._updates += 1 - is_bad
-        matrices = [name for name, parameter in self._parameters.items() if parameter.dim() > 1]
-        vectors = [name for name, parameter in self._parameters.items() if parameter.dim() <= 1]
-        self._apply(matrices, learning_rate, self._spec.weight_decay, is_bad)
-        self._apply(vectors, learning_rate, 0.0, is_bad)
+        for is_matrix in (True, False):
+            for is_smoothed in (True, False):
+                names = [
+                    name
+                    for name, parameter in self._parameters.items()
+                    if (parameter.dim() > 1) is is_matrix and (name in smoothed) is is_smoothed
+                ]
+                weight_decay = self._spec.weight_decay if is_matrix else 0.0
+                beta1 = 0.0 if is_smoothed else self._spec.beta1
+                self._apply(names, learning_rate, weight_decay, beta1, is_bad)
         self.skipped += is_bad
         self.skipped_in_row = (self.skipped_in_row + 1) * is_bad
         return norm
 
-    def _apply(self, names: list[str], learning_rate: float, weight_decay: float, is_bad: Tensor) -> None:
+    def _apply(self, names: list[str], learning_rate: float, weight_decay: float, beta1: float, is_bad: Tensor) -> None:
         if not names:
             return
         torch._fused_adamw_(
@@ -59,7 +69,7 @@ class AdamW:
             [self._updates] * len(names),
             amsgrad=False,
             lr=learning_rate,
-            beta1=self._spec.beta1,
+            beta1=beta1,
             beta2=self._spec.beta2,
             weight_decay=weight_decay,
             eps=self._spec.epsilon,
@@ -67,6 +77,15 @@ class AdamW:
             grad_scale=None,
             found_inf=is_bad,
         )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its state that ranks have alike, by name."""
+        return {
+            "updates": self._updates,
+            **{f"first moment of {name}": moment for name, moment in self._first_moments.items()},
+            **{f"second moment of {name}": moment for name, moment in self._second_moments.items()},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Both moments of every parameter by its name, and the number of updates. Not copies: whoever writes to them

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,20 +19,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pylon_trainer.errors import ConfigError, PeerLost
+from pylon_trainer.runtime.stalls import name_silent_ranks
 
 T = TypeVar("T")
 
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Turns the failure of a collective into PeerLost."""
+    """Turns the failure of a collective into PeerLost, which names the ranks that others waited for in vain."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own device, whose errors surface anywhere
         raise
     except RuntimeError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise PeerLost(f"a peer died or fell silent: {lines[0]}") from error
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "timed out" in line.lower() and (silent := name_silent_ranks()):
+            raise PeerLost(f"{silent} fell silent: {line}") from error
+        raise PeerLost(f"a peer died or fell silent: {line}") from error
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes between this rank and its peers since the process began: of every collective over tensors. Objects, which
+    ranks pass around at the start and at checkpoints alone, are not counted."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """The larger of both: what a link that is as fast either way takes its time for."""
+        return max(self.sent_bytes, self.received_bytes)
+
+    def add(self, sent_bytes: int, received_bytes: int) -> None:
+        """Count one collective."""
+        self.sent_bytes += sent_bytes
+        self.received_bytes += received_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +65,46 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def agree(self, *values: int) -> list[int]:
         """Sums of these integers over all ranks, the same on each. Does not touch the device."""
-        vector = torch.tensor(values, dtype=torch.int64)
-        with collective():
-            dist.all_reduce(vector)
-        return [int(value) for value in vector.tolist()]
+        return [int(value) for value in self.sum(torch.tensor(values, dtype=torch.int64)).tolist()]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place, wherever the tensor lives."""
-        with collective():
-            dist.all_reduce(tensor)
+        self._reduce(tensor, dist.ReduceOp.SUM)
         return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Maximum over all ranks, in place, wherever the tensor lives."""
+        self._reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        with collective():
+            dist.all_reduce(tensor, operation)
+        # A ring all-reduce sends and receives 2 (n - 1) / n of a tensor (Patarasuk & Yuan 2009).
+        ring_bytes = 2 * tensor.nbytes * (self.size - 1) // self.size
+        self.traffic.add(ring_bytes, ring_bytes)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, of one shape on all, stacked in the order of ranks."""
+        stacked = tensor.new_empty(self.size, *tensor.shape)
+        with collective():
+            dist.all_gather_into_tensor(stacked.view(-1), tensor.contiguous().view(-1))
+        peers_bytes = tensor.nbytes * (self.size - 1)
+        self.traffic.add(peers_bytes, peers_bytes)
+        return stacked
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """Row r of every rank's tensor, which has a row for each rank r, stacked on rank r in the order of ranks."""
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        with collective():
+            dist.all_to_all_single(received, tensor.contiguous())
+        peers_bytes = tensor.nbytes * (self.size - 1) // self.size
+        self.traffic.add(peers_bytes, peers_bytes)
+        return received
 
     def gather(self, value: T) -> list[T]:
         """Every rank's small value, in the order of ranks, on each."""
@@ -75,6 +124,8 @@ class World:
         """One rank's values of a contiguous tensor, into that of each, wherever it lives."""
         with collective():
             dist.broadcast(tensor, src=source)
+        is_source = self.rank == source
+        self.traffic.add(tensor.nbytes * is_source, tensor.nbytes * (not is_source))
 
 
 def join_world(gpus_per_node: int, timeout_seconds: float) -> World:

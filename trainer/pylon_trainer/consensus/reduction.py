@@ -1,0 +1,58 @@
+"""Sums encoded blocks over ranks: what travels, and how many bytes that is.
+
+Two ranks send each other all they have: one all-gather, and each adds up both. More ranks divide the blocks: each
+receives its part from all (all-to-all), adds it up in float32 and encodes the sum anew for all (all-gather), so that a
+rank's bytes stay below twice its payload however many ranks there are. With two ranks both ways move the same bytes,
+and the first encodes once only. Every rank decodes the same bytes in the same order: sums are equal bit for bit.
+
+Shapes: B blocks, V values of a block, P bytes of a block's payload, R ranks, M blocks of one rank's part.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pylon_trainer.consensus.codecs import Codec
+from pylon_trainer.runtime.distributed import World
+
+
+def sum_encoded(world: World, codec: Codec, values_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over ranks as decoded, equal on all, and this rank's share of what got lost on the way. Collective.
+
+    The shares of all ranks add up to the true sum less the decoded one, so error feedback that keeps them loses
+    nothing. values_BV: finite float32.
+    """
+    own_BP = codec.encode(values_BV)
+    if world.size <= 2:
+        decoded = [codec.decode(payload_BP) for payload_BP in world.all_gather(own_BP)]
+        return _add_up(decoded), values_BV - decoded[world.rank]
+    blocks = len(values_BV)
+    part = _part_blocks(blocks, world.size)
+    payload_RMP = F.pad(own_BP, (0, 0, 0, part * world.size - blocks)).view(world.size, part, -1)
+    part_MV = _add_up([codec.decode(payload_MP) for payload_MP in world.all_to_all(payload_RMP)])
+    part_MP = codec.encode(part_MV)
+    sum_BV = codec.decode(world.all_gather(part_MP).flatten(0, 1)[:blocks])
+    lost_BV = values_BV - codec.decode(own_BP)
+    mine_BV = lost_BV[world.rank * part : (world.rank + 1) * part]
+    mine_BV += (part_MV - codec.decode(part_MP))[: len(mine_BV)]
+    return sum_BV, lost_BV
+
+
+def summed_bytes(codec: Codec, blocks: int, ranks: int) -> int:
+    """Bytes that sum_encoded sends from each rank, and as many that it receives."""
+    if ranks <= 2:
+        return blocks * codec.block_bytes * (ranks - 1)
+    return 2 * _part_blocks(blocks, ranks) * codec.block_bytes * (ranks - 1)
+
+
+def _part_blocks(blocks: int, ranks: int) -> int:
+    return -(-blocks // ranks)
+
+
+def _add_up(decoded: list[Tensor]) -> Tensor:
+    first, *others = decoded
+    total = first.clone()
+    for other in others:
+        total += other
+    return total
