@@ -159,9 +159,9 @@ def test_only_empty_files(tmp_path: Path) -> None:
 
 
 def test_a_store_without_its_module_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=r"pip install 'pylon-training\[s3\]'"):
-        list_files(["s3://bucket/*.txt"], "training.data.train")
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'pylon-training\[gcs\]'"):
+        list_files(["gs://bucket/*.txt"], "training.data.train")
 
 
 class NoCredentialsError(Exception):
