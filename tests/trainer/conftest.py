@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +60,15 @@ def make_config(tmp_path: Path) -> ConfigFactory:
 def checkpoints(tmp_path: Path) -> Path:
     """Where make_config's runs save."""
     return tmp_path / "checkpoints" / "default" / "demo-12345678"
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[None]:
+    """Whatever makes the host wait for a CUDA device raises."""
+    import torch  # most tests need it later or not at all
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")

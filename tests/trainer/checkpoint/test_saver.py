@@ -449,33 +449,25 @@ def test_what_a_disk_has_lost_is_read_from_the_store(
     assert len(told) == (1 if damage == "flipped" else 0)
 
 
+@pytest.mark.parametrize(
+    ("death", "lost", "first_step"),
+    [
+        pytest.param(7, 6, 5, id="goes on from the one in the store"),
+        pytest.param(3, 2, 1, id="begins anew while the store has none"),
+    ],
+)
 def test_what_one_disk_has_lost_of_a_checkpoint_that_no_store_has_costs_that_checkpoint(
-    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, death: int, lost: int, first_step: int
 ) -> None:
     save_at_once(monkeypatch)
     with monkeypatch.context() as patch:
-        before_steps(patch, lambda run: run.step == 7 and die())
+        before_steps(patch, lambda run: run.step == death and die())
         run_gang(tmp_path, local_config(make_config, tmp_path, intervalSteps=2))
-    (file,) = on_disk(tmp_path).glob("step-*6-*/rank-00001.safetensors")
+    (file,) = on_disk(tmp_path).glob(f"step-*{lost}-*/rank-00001.safetensors")
     file.unlink()
     first, second = start_gang(tmp_path, local_config(make_config, tmp_path, attempt=2))
     assert (first.wait(), second.wait()) == (0, 0), first.log
-    assert min(first.values("loss")) == 5
-    assert [notice for notice in first.final.notices if "no node holds rank-00001.safetensors" in notice]
-
-
-def test_a_run_begins_anew_when_a_disk_has_lost_what_no_store_has_yet(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_at_once(monkeypatch)
-    with monkeypatch.context() as patch:
-        before_steps(patch, lambda run: run.step == 3 and die())
-        run_gang(tmp_path, local_config(make_config, tmp_path, intervalSteps=2))
-    (file,) = on_disk(tmp_path).glob("step-*2-*/rank-00001.safetensors")
-    file.unlink()
-    first, second = start_gang(tmp_path, local_config(make_config, tmp_path, attempt=2))
-    assert (first.wait(), second.wait()) == (0, 0), first.log
-    assert min(first.values("loss")) == 1
+    assert min(first.values("loss")) == first_step
     assert [notice for notice in first.final.notices if "no node holds rank-00001.safetensors" in notice]
 
 

@@ -325,17 +325,8 @@ def test_nothing_is_left_behind(build: Build) -> None:
     assert threading.active_count() == before
 
 
-@pytest.fixture
-def _waiting_is_an_error() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_waiting_is_an_error")
+@pytest.mark.usefixtures("waiting_is_an_error")
 def test_a_save_never_waits_for_the_device(build: Build) -> None:
     # Some 22 parts: a stream that cannot go on takes about a hundred copies and events, then whoever issues more waits.
     tensors = {f"w{number}": torch.ones(60, 60, device="cuda") for number in range(5)}

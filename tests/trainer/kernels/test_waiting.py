@@ -1,24 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from pylon_trainer.kernels import attention, bucket, head, score
 
 
-@pytest.fixture
-def _waiting_is_an_error() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_waiting_is_an_error")
+@pytest.mark.usefixtures("waiting_is_an_error")
 def test_a_gated_step_never_waits_for_the_device() -> None:
     hidden_NH = torch.randn(512, 64, device="cuda", requires_grad=True)
     weight_VH = torch.randn(999, 64, device="cuda", requires_grad=True)
@@ -33,7 +22,7 @@ def test_a_gated_step_never_waits_for_the_device() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_waiting_is_an_error")
+@pytest.mark.usefixtures("waiting_is_an_error")
 def test_attention_of_rows_never_waits_for_the_device() -> None:
     q_HKE, own_k, own_v = (torch.randn(2, 90, 64, device="cuda", requires_grad=True) for _ in range(3))
     k_BJTE, v_BJTE = (torch.randn(2, 2, 128, 64, device="cuda", requires_grad=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Reads every byte of a checkpoint and tells what is not as it was written. Changes nothing."""
+"""Reads checkpoints' bytes and tells what is not as it was written. Changes nothing."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def audit(storage: Storage, found: Found, read: Callable[[int], None] = lambda _
     readers = ThreadPoolExecutor(READERS)
     try:
         for file, entry in found.manifest.files.items():
-            if damage := _damage_of_file(storage, found.name, file, entry):
+            path = f"{found.name}/{file}"
+            if damage := _damage(check_size, storage, path, entry):
                 yield damage
                 continue
-            damages = readers.map(partial(_damage_of_part, storage, found.name, file), entry.parts())
+            damages = readers.map(partial(_damage, _read_and_forget, storage, path), entry.parts())
             for part, damaged in zip(entry.parts(), damages, strict=True):
                 read(part.length)
                 if damaged:
@@ -34,22 +35,34 @@ def audit(storage: Storage, found: Found, read: Callable[[int], None] = lambda _
         readers.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
 
 
-def _damage_of_file(storage: Storage, name: str, file: str, entry: FileEntry) -> str | None:
-    size_bytes = storage.size(f"{name}/{file}")
-    if size_bytes is None:
-        return f"{file} is missing"
+def check_size(storage: Storage, path: str, entry: FileEntry) -> None:
+    """DamagedCheckpoint when the file at this path is missing or has another length."""
+    size_bytes = storage.size(path)
     if size_bytes != entry.size_bytes:
-        return f"{file} has {size_bytes} bytes instead of {entry.size_bytes}"
-    return None
+        had = "is missing" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.size_bytes}"
+        raise DamagedCheckpoint(f"{_file(path)} {had}")
 
 
-def _damage_of_part(storage: Storage, name: str, file: str, part: Part) -> str | None:
-    data = memoryview(bytearray(part.length))
+def read_part(storage: Storage, path: str, part: Part, data: memoryview) -> None:
+    """A part of the file at this path into memory of its length. DamagedCheckpoint when it is not what was written."""
     try:
-        storage.read_into(f"{name}/{file}", part.offset, data)
-        part.verify(file, data)
-    except (FileNotFoundError, EOFError):
-        return f"{file} was removed or cut while it was read"
+        storage.read_into(path, part.offset, data)
+    except (FileNotFoundError, EOFError) as error:
+        raise DamagedCheckpoint(f"{_file(path)} was removed or cut while it was read") from error
+    part.verify(_file(path), data)
+
+
+def _read_and_forget(storage: Storage, path: str, part: Part) -> None:
+    read_part(storage, path, part, memoryview(bytearray(part.length)))
+
+
+def _damage(check: Callable[..., None], *arguments: object) -> str | None:
+    try:
+        check(*arguments)
     except DamagedCheckpoint as damage:
         return str(damage)
     return None
+
+
+def _file(path: str) -> str:
+    return path.rpartition("/")[2]
