@@ -51,6 +51,17 @@ class ScanKernel(enum.StrEnum):
     PYTORCH = "PyTorch"
 
 
+class ControlSpec(Spec):
+    """A small network, the controller, that reads how training goes and advises the blocks by a vector (the resonance
+    vector), and a bound on how far one step may move a block. Every field can be left alone."""
+
+    outer_every_steps: int = Field(default=32, ge=8, le=64)
+    """Optimizer steps for which the advice stays as it is. At the end of each such turn the controller learns from one
+    more micro-batch and speaks anew."""
+    vector_size: int = Field(default=512, ge=8, le=4096)
+    """Numbers of the advice."""
+
+
 class ResonateSpec(Spec):
     """What the Resonate architecture has of its own. Every field can be left alone."""
 
@@ -76,6 +87,8 @@ class ResonateSpec(Spec):
     scan_kernel: ScanKernel = ScanKernel.AUTO
     """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
     compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
+    control: ControlSpec | None = None
+    """The controller, and the ports by which its advice enters the blocks. Unset: there is none; {} takes defaults."""
 
 
 class ModelSpec(Spec):

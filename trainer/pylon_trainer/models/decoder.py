@@ -38,6 +38,10 @@ class Block(nn.Module, ABC):
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         """Its layers that write to the residual stream."""
 
+    @abstractmethod
+    def open_ports(self, advice_size: int) -> None:
+        """Give it the ports by which advice of this size enters it (models/ports.py). Without, it takes none."""
+
 
 class Decoder(nn.Module, ABC):
     """`spec.layers` blocks over `vocab_size` tokens."""

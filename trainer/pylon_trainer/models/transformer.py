@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pylon_api.training import ModelSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder, plain_linear
+from pylon_trainer.models.ports import Port, PortKind, norm_with
 
 Activation = Callable[[Tensor], Tensor]
 """Of an MLP's gate, element by element; an nn.Module when it has parameters."""
@@ -37,10 +38,11 @@ class AttentionBlock(Block):
         self.attention = Attention(spec)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         self.mlp = SwiGLU(spec.hidden_size, intermediate_size(spec))
+        self.port_mlp: Port | None = None
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
-        updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
+        updated_BTD: Tensor = x_BTD + self.mlp(norm_with(self.mlp_norm, self.port_mlp, x_BTD, context), context)
         return updated_BTD
 
     def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -49,6 +51,10 @@ class AttentionBlock(Block):
 
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         return self.attention.output, self.mlp.down
+
+    def open_ports(self, advice_size: int) -> None:
+        """As Block has it."""
+        self.port_mlp = Port(PortKind.MLP, advice_size, 2 * self.mlp_norm.normalized_shape[0])
 
 
 class Attention(nn.Module):
