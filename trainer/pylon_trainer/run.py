@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from pylon_api.run import RunConfig
 from pylon_trainer.consensus import Exchange
 from pylon_trainer.consensus.agreement import Agreement, refuse_disagreement
 from pylon_trainer.consensus.build import build_exchange
+from pylon_trainer.control import Control, build_control
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
@@ -45,6 +47,7 @@ class Run:
     optimizer: AdamW
     exchange: Exchange
     agreement: Agreement
+    control: Control | None
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -65,13 +68,15 @@ class Run:
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
         learning_rate = self.config.training.optimizer.learning_rate * ratio
+        parts = self.micro_batches(batch)
         results = [
-            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
-            for part in self.micro_batches(batch)
+            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step) for part in parts
         ]
         before_update()
-        self.exchange.exchange(named_gradients(self.parameters))
-        gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
+        gradients = named_gradients(self.parameters)
+        with self.control.around_update(self.step, parts[0], results, learning_rate) if self.control else nullcontext():
+            self.exchange.exchange(gradients)
+            gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
@@ -85,19 +90,23 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     make_deterministic()
     seed_everything(training.seed)
     model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
-    seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    training_step = build_step(model, training, world.device)
+    control = build_control(world, training, model, training_step, parameters)
+    seed_everything(training.seed, world.rank + 1)
     refuse_disagreement(world, config, parameters)
     optimizer = AdamW(parameters, training.optimizer)
+    replicated = {**parameters, **optimizer.tensors, **(control.tensors if control else {})}
     return Run(
         config=config,
         world=world,
         data=data,
         model=model,
-        training_step=build_step(model, training, world.device),
+        training_step=training_step,
         parameters=parameters,
         optimizer=optimizer,
         exchange=build_exchange(world, training, parameters),
-        agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
+        agreement=Agreement(world, replicated, training.consensus.on_disagreement),
+        control=control,
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

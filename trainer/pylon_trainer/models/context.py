@@ -98,9 +98,7 @@ class Context:
         """What a mixer makes of all tokens, each with those before it in its document, B x T x O."""
         # The way back runs the mixer again from x_BTI, which is held anyway, so that nothing within it is held.
         inputs = (x_BTI,) if self.advice_PR is None else (x_BTI, self.advice_PR)
-        return recomputed(
-            lambda x, advice=None: mixer.run(x, self.starts_BT, advice_PR=advice)[0], mixer, *inputs
-        )
+        return recomputed(lambda x, advice=None: mixer.run(x, self.starts_BT, advice_PR=advice)[0], mixer, *inputs)
 
 
 def _mask(starts_BT: Tensor) -> Tensor:

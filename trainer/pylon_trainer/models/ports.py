@@ -62,4 +62,7 @@ def norm_with(norm: nn.RMSNorm, port: Port | None, x_BTD: Tensor, context: Conte
 
 def skip_with(skip_H: Tensor, port: Port | None, advice_PR: Tensor | None) -> Tensor:
     """A skip's weights, each times a number between 0 and 2."""
-    return skip_H if port is None or advice_PR is None else skip_H * (1 + port(advice_PR).tanh())
+    if port is None or advice_PR is None:
+        return skip_H
+    gate_H: Tensor = port(advice_PR)
+    return skip_H * (1 + gate_H.tanh())

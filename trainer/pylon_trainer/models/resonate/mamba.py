@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Memory
-from pylon_trainer.models.resonate.kernel import scan
 from pylon_trainer.models.ports import skip_with
+from pylon_trainer.models.resonate.kernel import scan
 from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer, gated_norm
 
 POLES = (1.0, 16.0)
