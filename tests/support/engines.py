@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from advice import open_ports
 from torch import Tensor
 
 from pylon_api.training import KvGradient, ModelSpec, RowActivations
@@ -38,16 +39,23 @@ ROW_ENGINES = ENGINES[1:]
 
 RESONATE = {
     "architecture": "Resonate",
-    "resonate": {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 2, "attentionEvery": 3},
+    "resonate": {
+        "stateSize": 8,
+        "headWidth": 16,
+        "chunkTokens": 4,
+        "longConvolutionEvery": 2,
+        "attentionEvery": 3,
+        "control": {"vectorSize": 8},
+    },
 }
-"""A model with every kind of block."""
+"""A model with every kind of block, and ports."""
 
 
 def model_of(**fields: object) -> Decoder:
     """A tiny model with weights large enough that a mistake shows."""
     torch.manual_seed(0)
     spec = {"layers": 3, "hidden_size": WIDTH, "heads": 2, "intermediate_size": 48, "initializer_std": 0.2}
-    return build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)
+    return open_ports(build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY))
 
 
 def batch_of(sequences: int = 3, length: int = 13, isolated: bool = False) -> Batch:
@@ -161,7 +169,7 @@ def cut_hidden(
             def mix(self, mixer: Mixer, _: Tensor) -> Tensor:
                 return context.mix(mixer, *offered)
 
-        return block(x_BTD, Cut(context.places, context.cos, context.sin, context.starts_BT, context.mask))
+        return block(x_BTD, Cut(**vars(context)))
 
     with autocast(bfloat16):
         context = model.context(batch.tokens_BT, batch.documents_BT)
