@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from gangs import Pod, run_gang, run_pod, save_at_once, spawn_pod, start_gang, write_within
+from gangs import Pod, run_gang, run_pod, run_spawned_pod, save_at_once, spawn_pod, start_gang, write_within
 
 from pylon_api.names import ExitCode
 from pylon_trainer.checkpoint.archive import Archive
@@ -138,31 +138,39 @@ def test_a_run_goes_on_with_three_ranks_and_then_with_one(
     assert "is of 3 ranks, this run of 1: generators begin anew" in pods[2].log
 
 
-@pytest.mark.gpu
-def test_a_run_on_a_gpu_goes_on_bit_for_bit_and_on_a_cpu_nearly_so(
-    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "gpus",
+    [
+        pytest.param(0, marks=pytest.mark.slow, id="cpu"),
+        pytest.param(1, marks=pytest.mark.gpu, id="gpu"),
+    ],
+)
+def test_a_run_goes_on_bit_for_bit_where_it_began_and_on_a_cpu_nearly_so(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, gpus: int
 ) -> None:
-    if torch.cuda.device_count() == 0:  # is_available could begin to use the device, which the forks below must do
+    """Pods are spawned, for the tests before this one may have used the device."""
+    if gpus > torch.cuda.device_count():
         pytest.skip("needs a CUDA device")
-    save_at_once(monkeypatch)
     recipe = {
         "processes": 1,
         "gating": GATING,
         "schedule": {"steps": 12},
         "checkpoint": {"intervalSteps": 4, "keep": 9},
     }
-    exit_code, whole = run_pod(tmp_path / "whole", make_config(gpus=1, **recipe))
+    exit_code, whole = run_spawned_pod(tmp_path / "whole", make_config(gpus=gpus, **recipe))
     assert exit_code == 0, whole.log
     expected = files(newest(checkpoints))
     for marker in checkpoints.glob("step-*-attempt-000001-*/COMMITTED"):
         if "step-000000000004" not in str(marker):
             marker.unlink()
-    for attempt, gpus in ((2, 1), (3, 0)):
-        exit_code, pod = run_pod(tmp_path / "parts", make_config(attempt=attempt, gpus=gpus, **recipe))
+    for attempt, here in ((2, gpus), (3, 0)):
+        place = tmp_path / f"attempt-{attempt}"
+        exit_code, pod = run_spawned_pod(place, make_config(attempt=attempt, gpus=here, **recipe))
         assert exit_code == 0, pod.log
-        assert min(losses(pod)) == 5
+        assert min(losses(pod)) == 5, pod.log
         assert losses(pod) == pytest.approx({step: loss for step, loss in losses(whole).items() if step > 4}, abs=0.02)
-        if gpus:
+        if here == gpus:
             assert files(newest(checkpoints)) == expected
         for marker in checkpoints.glob(f"step-*-attempt-{attempt:06d}-*/COMMITTED"):
             marker.unlink()
