@@ -25,6 +25,7 @@ from pylon_trainer.errors import StorageError
 from pylon_trainer.gating import gate, measurement
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.seeds import reseed
+from pylon_trainer.status import Board
 
 if TYPE_CHECKING:
     from s3_faults import FaultyStore
@@ -303,6 +304,41 @@ def test_while_a_store_is_out_of_reach_training_goes_on(
     assert (pod.final.saves.failed, pod.final.saves.failed_in_row, pod.final.saves.failure) == (2, 0, "")
     assert pod.log.count("checkpoint given up: cannot write") == 2
     assert len(losses(pod)) == 8
+
+
+@pytest.mark.parametrize(("refusals", "steps"), [(3, [7, 30]), (99, [30])])
+def test_what_was_asked_for_and_given_up_is_tried_again_a_few_times(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusals: int,
+    steps: list[int],
+) -> None:
+    upload, begin_step, refused = Storage.upload, Board.begin_step, []
+
+    def unreachable(storage: Storage, path: str, *arguments: Any, **named: Any) -> Any:
+        if "step-000000000030" not in path and len(refused) < refusals:
+            refused.append(path)
+            raise StorageError(f"cannot write {storage.uri}/{path}: connection refused")
+        return upload(storage, path, *arguments, **named)
+
+    def ask(board: Board, step: int) -> bool:
+        is_asked = begin_step(board, step)
+        if step == 3:
+            board.request_checkpoint()
+        return is_asked
+
+    save_at_once(monkeypatch)
+    write_within(monkeypatch)
+    monkeypatch.setattr("pylon_trainer.checkpoint.policy.REQUEST_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(Storage, "upload", unreachable)
+    monkeypatch.setattr(Board, "begin_step", ask)
+    recipe = {"schedule": {"steps": 30}, "checkpoint": {"intervalSteps": 100}}
+    exit_code, pod = run_pod(tmp_path, make_config(processes=1, **recipe))
+    assert exit_code == 0, pod.log
+    assert committed(checkpoints) == steps
+    assert pod.log.count("checkpoint given up: cannot write") == min(refusals, 4)
 
 
 def test_while_a_store_is_slow_one_save_waits_and_holds_the_newest_step(

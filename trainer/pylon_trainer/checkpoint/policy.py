@@ -21,6 +21,10 @@ LEARNING_STEPS = 10
 WARM_UP_STEPS = 3
 """Quiet steps at the beginning that are no measure of one: they compile, record and allocate."""
 
+REQUEST_PAUSES_SECONDS = (1.0, 10.0, 60.0)
+"""Before a checkpoint that was asked for and given up is tried again; after the last of these the next due one answers
+the request. The store was asked several times over before each was given up, so these are for what takes longer."""
+
 _MEMORY = 100
 """Steps over which the length of a quiet step is averaged."""
 
@@ -110,6 +114,12 @@ def reach_due(
         return Reach.STORE
     local = spec.local
     return Reach.NODES if local and local.interval_steps and step % local.interval_steps == 0 else Reach.NOWHERE
+
+
+def request_pause_seconds(failures: int) -> float:
+    """How long after the last of so many failures a checkpoint that was asked for is tried again; infinite when it is
+    not."""
+    return (0.0, *REQUEST_PAUSES_SECONDS)[failures] if failures <= len(REQUEST_PAUSES_SECONDS) else math.inf
 
 
 @dataclass(frozen=True, slots=True)

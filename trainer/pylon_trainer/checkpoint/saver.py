@@ -59,7 +59,8 @@ class Saver:
         self._ledger = Ledger(board, logs=run.world.rank == 0)
         self._begins, self._waits, self._nonce = Reach.NOWHERE, Reach.NOWHERE, 0
         self._newest_step: int | None = None
-        """Of the last checkpoint for the store that has begun, or that this run goes on from."""
+        """Of the last checkpoint for the store that has begun, or that this run goes on from; None once that one was
+        given up."""
         self._ended: Outcome | None = None
         """How the last save for the store ended."""
         self._was_quiet = True
@@ -107,11 +108,11 @@ class Saver:
         if self._pipeline is None:
             return []
         is_first = self._run.world.rank == 0
-        requested_step = self._board.status.checkpoint_requested_step or 0
-        is_on_its_way = self._newest_step is not None and self._newest_step >= requested_step
+        is_on_its_way = self._newest_step is not None and self._newest_step >= self._requested_step
+        is_wanted = is_asked and not is_on_its_way and self._pace.may_answer
         due = self._pace.due(self._run.step + 1) if is_first else Reach.NOWHERE
         nonce = secrets.randbits(32) if is_first else 0
-        return [int(is_asked and not is_on_its_way), due, nonce, int(self._pipeline.is_busy), *self._pipeline.votes()]
+        return [int(is_wanted), due, nonce, int(self._pipeline.is_busy), *self._pipeline.votes()]
 
     def heed(self, sums: Sequence[int], *, is_last: bool) -> None:
         """Go on with the saves under way, and decide what begins at the end of this step. Collective.
@@ -222,6 +223,20 @@ class Saver:
                 if outcome.error is None:
                     self._pace.save_ended(outcome.seconds)
                     self._ledger.interval(self._pace.interval_steps)
+                else:
+                    self._lose(outcome.save.step)
+
+    def _lose(self, step: int) -> None:
+        """The checkpoint of this step was given up, and with it the answer to a request that it would have been."""
+        if step == self._newest_step:
+            self._newest_step = None
+            if step >= self._requested_step > 0:
+                self._pace.request_failed()
+
+    @property
+    def _requested_step(self) -> int:
+        """At which somebody wants a checkpoint; 0 when nobody does."""
+        return self._board.status.checkpoint_requested_step or 0
 
     def _seconds_left(self) -> float | None:
         """Of the grace; None while nobody asked to stop."""
