@@ -8,7 +8,14 @@ from collections.abc import Callable
 
 from pylon_api.run import RunConfig
 from pylon_api.training import CheckpointSpec
-from pylon_trainer.checkpoint.policy import Costs, Reach, interval_steps, limit_seconds, reach_due, request_pause_seconds
+from pylon_trainer.checkpoint.policy import (
+    Costs,
+    Reach,
+    interval_steps,
+    limit_seconds,
+    reach_due,
+    request_pause_seconds,
+)
 
 
 class Pace:
