@@ -40,7 +40,7 @@ class Life:
                 self.now + seconds,
                 self.training_seconds + seconds,
             )
-            self.pace.step_ended(self.training_seconds, is_quiet=not self.is_saving)
+            self.pace.step_ended(self.training_seconds, Reach.STORE if self.is_saving else Reach.NOWHERE)
             if self.is_saving:
                 self.pace.save_ended(write_seconds)
             self.is_saving = reach is Reach.STORE

@@ -49,9 +49,10 @@ class Pace:
             saves=self._saves,
         )
 
-    def step_ended(self, training_seconds: float, *, is_quiet: bool) -> None:
-        """training_seconds: since training began, without pauses. is_quiet: whether nothing was saved in this step."""
-        self._costs = self._costs.after_step(training_seconds - self._training_seconds, is_quiet=is_quiet)
+    def step_ended(self, training_seconds: float, overlapped: Reach) -> None:
+        """training_seconds: since training began, without pauses. overlapped: how far the farthest checkpoint goes that
+        was on its way in this step."""
+        self._costs = self._costs.after_step(training_seconds - self._training_seconds, overlapped)
         self._training_seconds = training_seconds
 
     def save_began(self, step: int) -> None:

@@ -63,7 +63,8 @@ class Saver:
         given up."""
         self._ended: Outcome | None = None
         """How the last save for the store ended."""
-        self._was_quiet = True
+        self._overlapped = Reach.NOWHERE
+        """How far the farthest checkpoint goes that is on its way in this step."""
         self._stall_seconds: float | None = None
         """Of a save whose tensors are still being copied."""
         self._is_finished = False
@@ -122,7 +123,7 @@ class Saver:
         if self._pipeline is None:
             return
         asked, due, self._nonce, busy = sums[:_PROGRESS]
-        self._was_quiet = self._pipeline.is_empty
+        self._overlapped = self._pipeline.under_way
         self._advance(self._pipeline, sums)
         move = next_move(Reach(due), self._waits, is_urgent=asked > 0 or is_last, is_busy=busy > 0)
         if move.waits and not self._waits:
@@ -136,7 +137,7 @@ class Saver:
         """
         if self._pipeline is None:
             return
-        self._pace.step_ended(training_seconds, is_quiet=self._was_quiet)
+        self._pace.step_ended(training_seconds, self._overlapped)
         if self._begins is not Reach.NOWHERE:
             self._begin(self._pipeline, self._begins)
 
@@ -202,11 +203,11 @@ class Saver:
 
     def _drain(self, pipeline: Pipeline) -> None:
         """Wait until nothing is under way; Stopped when the grace ends before."""
-        while not pipeline.is_empty:
+        while pipeline.under_way:
             time.sleep(POLL_SECONDS)
             is_over, *sums = self._run.world.agree(self._seconds_left() == 0, *self.votes())
             self._advance(pipeline, sums)
-            if is_over and not pipeline.is_empty:
+            if is_over and pipeline.under_way:
                 pipeline.abandon()
                 raise Stopped(
                     f"asked to stop: left at step {self._run.step}, not saved: its checkpoint was not written within "
