@@ -21,7 +21,7 @@ from pylon_trainer.checkpoint.disk import DiskUpload
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.checkpoint.writer_process import WriterProcess
-from pylon_trainer.errors import StorageError
+from pylon_trainer.errors import ConfigError, StorageError
 from pylon_trainer.gating import gate, measurement
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.seeds import reseed
@@ -306,6 +306,28 @@ def test_while_a_store_is_out_of_reach_training_goes_on(
     assert len(losses(pod)) == 8
 
 
+@pytest.mark.parametrize("keeps_on_disks", [False, True])
+def test_credentials_that_have_expired_at_the_last_save_are_no_fault_of_the_configuration(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, keeps_on_disks: bool
+) -> None:
+    upload = Storage.upload
+
+    def expired(storage: Storage, path: str, *arguments: Any, **named: Any) -> Any:
+        if storage.uri == str(checkpoints) and "step-000000000008" in path:
+            raise ConfigError(f"cannot write {storage.uri}/{path}: credentials missing or refused (ExpiredToken)")
+        return upload(storage, path, *arguments, **named)
+
+    save_at_once(monkeypatch)
+    write_within(monkeypatch)
+    monkeypatch.setattr(Storage, "upload", expired)
+    local = {"local": {"directory": str(tmp_path / "ssd")}} if keeps_on_disks else {}
+    exit_code, pod = run_pod(tmp_path, make_config(processes=1, checkpoint={"intervalSteps": 4, **local}))
+    assert exit_code == ExitCode.STORAGE, pod.log
+    assert "credentials missing or refused (ExpiredToken); the newest kept is of step " in pod.report.message
+    kept = newest(on_disk(tmp_path) if keeps_on_disks else checkpoints)
+    assert pod.report.message.endswith(f" of step {8 if keeps_on_disks else 4}, in {kept}")
+
+
 @pytest.mark.parametrize(("refusals", "steps"), [(3, [7, 30]), (99, [30])])
 def test_what_was_asked_for_and_given_up_is_tried_again_a_few_times(
     tmp_path: Path,
@@ -315,11 +337,12 @@ def test_what_was_asked_for_and_given_up_is_tried_again_a_few_times(
     refusals: int,
     steps: list[int],
 ) -> None:
-    upload, begin_step, refused = Storage.upload, Board.begin_step, []
+    upload, begin_step = Storage.upload, Board.begin_step
+    refused: set[str] = set()
 
     def unreachable(storage: Storage, path: str, *arguments: Any, **named: Any) -> Any:
-        if "step-000000000030" not in path and len(refused) < refusals:
-            refused.append(path)
+        if path in refused or ("step-000000000030" not in path and len(refused) < refusals):
+            refused.add(path)
             raise StorageError(f"cannot write {storage.uri}/{path}: connection refused")
         return upload(storage, path, *arguments, **named)
 

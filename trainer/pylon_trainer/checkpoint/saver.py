@@ -59,8 +59,7 @@ class Saver:
         self._ledger = Ledger(board, logs=run.world.rank == 0)
         self._begins, self._waits, self._nonce = Reach.NOWHERE, Reach.NOWHERE, 0
         self._newest_step: int | None = None
-        """Of the last checkpoint for the store that has begun, or that this run goes on from; None once that one was
-        given up."""
+        """Of the last checkpoint for the store that has begun, or that this run goes on from."""
         self._ended: Outcome | None = None
         """How the last save for the store ended."""
         self._overlapped = Reach.NOWHERE
@@ -109,8 +108,7 @@ class Saver:
         if self._pipeline is None:
             return []
         is_first = self._run.world.rank == 0
-        is_on_its_way = self._newest_step is not None and self._newest_step >= self._requested_step
-        is_wanted = is_asked and not is_on_its_way and self._pace.may_answer
+        is_wanted = is_asked and not self._is_answered and self._pace.may_answer
         due = self._pace.due(self._run.step + 1) if is_first else Reach.NOWHERE
         nonce = secrets.randbits(32) if is_first else 0
         return [int(is_wanted), due, nonce, int(self._pipeline.is_busy), *self._pipeline.votes()]
@@ -154,7 +152,7 @@ class Saver:
     def finish(self) -> None:
         """Save this step if it is not, and wait until all is committed. Collective.
 
-        StorageError or ConfigError when this step could not be saved; Stopped when the grace ends before.
+        StorageError when the store did not take this step; Stopped when the grace ends before.
         """
         if self._pipeline is None:
             return
@@ -166,7 +164,7 @@ class Saver:
         self._drain(self._pipeline)
         ended = self._ended
         if ended is not None and ended.save.step == self._run.step and ended.error is not None:
-            raise ended.error
+            raise self._ledger.unsaved(ended.error)
         self._is_finished = True
 
     def where(self) -> str:
@@ -224,20 +222,20 @@ class Saver:
                 if outcome.error is None:
                     self._pace.save_ended(outcome.seconds)
                     self._ledger.interval(self._pace.interval_steps)
-                else:
-                    self._lose(outcome.save.step)
-
-    def _lose(self, step: int) -> None:
-        """The checkpoint of this step was given up, and with it the answer to a request that it would have been."""
-        if step == self._newest_step:
-            self._newest_step = None
-            if step >= self._requested_step > 0:
-                self._pace.request_failed()
+                elif self._is_answer(outcome.save.step):
+                    self._pace.request_failed()
 
     @property
-    def _requested_step(self) -> int:
-        """At which somebody wants a checkpoint; 0 when nobody does."""
-        return self._board.status.checkpoint_requested_step or 0
+    def _is_answered(self) -> bool:
+        """Whether the checkpoint that somebody asked for is on its way, or committed."""
+        ended, newest_step = self._ended, self._newest_step
+        is_lost = ended is not None and ended.error is not None and ended.save.step == newest_step
+        return newest_step is not None and self._is_answer(newest_step) and not is_lost
+
+    def _is_answer(self, step: int) -> bool:
+        """Whether a checkpoint of this step is what somebody asked for and waits for."""
+        requested_step = self._board.status.checkpoint_requested_step
+        return requested_step is not None and step >= requested_step
 
     def _seconds_left(self) -> float | None:
         """Of the grace; None while nobody asked to stop."""
