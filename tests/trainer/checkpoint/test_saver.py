@@ -18,6 +18,7 @@ from gangs import Pod, run_gang, run_pod, run_spawned_pod, save_at_once, spawn_p
 from pylon_api.names import ExitCode
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.disk import DiskUpload
+from pylon_trainer.checkpoint.manifest import Manifest
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.checkpoint.writer_process import WriterProcess
@@ -282,6 +283,17 @@ def test_when_a_writer_dies_its_save_is_given_up_and_the_next_one_commits(
     assert pod.final.saves is not None
     assert (pod.final.saves.committed, pod.final.saves.failed, pod.final.saves.failed_in_row) == (2, 1, 0)
     assert "step=6 checkpoint given up: the writer process ended by signal 9" in pod.log
+
+
+def test_a_rank_leaves_the_text_of_manifests_to_its_writer(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For thousands of tensors it takes longer than many a step; the writer's process knows nothing of this patch."""
+    monkeypatch.setattr(Manifest, "dump", lambda _: die())
+    local = {"local": {"directory": str(tmp_path / "ssd")}}
+    exit_code, pod = run_pod(tmp_path, make_config(checkpoint={"intervalSteps": 100, **local}))
+    assert exit_code == 0, pod.log
+    assert (committed(checkpoints), committed(on_disk(tmp_path))) == ([8], [8])
 
 
 def test_while_a_store_is_out_of_reach_training_goes_on(
