@@ -19,12 +19,14 @@ from pylon_api.names import ExitCode
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.disk import DiskUpload
 from pylon_trainer.checkpoint.manifest import Manifest
+from pylon_trainer.checkpoint.restore import _Reader
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.checkpoint.writer_process import WriterProcess
 from pylon_trainer.errors import ConfigError, StorageError
 from pylon_trainer.gating import gate, measurement
 from pylon_trainer.run import Run
+from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import reseed
 from pylon_trainer.status import Board
 
@@ -113,6 +115,32 @@ def test_a_run_killed_while_saves_are_under_way_goes_on_bit_for_bit(
     assert files(newest(checkpoints)) == expected
     assert len(set(whole.values("token_ratio").values())) > 1, "the ratio has moved"
     assert all(path.joinpath("COMMITTED").exists() for path in checkpoints.glob("step-*")), "leftovers are cleaned up"
+
+
+@pytest.mark.parametrize("reads_its_own", [True, False])
+def test_what_a_rank_has_for_itself_goes_to_no_other_rank(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, reads_its_own: bool
+) -> None:
+    recipe = {"schedule": {"steps": 8}, "checkpoint": {"intervalSteps": 4}}
+    save_at_once(monkeypatch)
+    with monkeypatch.context() as patch:
+        before_steps(patch, lambda run: run.step == 5 and die())
+        run_pod(tmp_path, make_config(**recipe))
+    share_out, broadcast_tensor = _Reader._share_out, World.broadcast_tensor
+
+    def swapped(reader: _Reader, manifest: Manifest) -> dict[str, Any]:
+        return {file: copy._replace(rank=1 - copy.rank) for file, copy in share_out(reader, manifest).items()}
+
+    def guarded(world: World, tensor: torch.Tensor, source: int) -> None:
+        assert tensor.dtype != torch.uint8, "a generator's state"
+        broadcast_tensor(world, tensor, source)
+
+    monkeypatch.setattr(World, "broadcast_tensor", guarded)
+    if not reads_its_own:
+        monkeypatch.setattr(_Reader, "_share_out", swapped)
+    exit_code, pod = run_pod(tmp_path, make_config(attempt=2, **recipe))
+    assert exit_code == 0, pod.log
+    assert min(losses(pod)) == 5
 
 
 def test_a_run_goes_on_with_three_ranks_and_then_with_one(
