@@ -32,7 +32,7 @@ from pylon_api.training import (
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating.replay import Replay
 from pylon_trainer.models import build_model
-from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.step import Batch, TrainingStep
 
@@ -119,7 +119,7 @@ class Laboratory:
         """Build and compile its step; returns the seconds of one, warm. The model's weights are spoiled."""
         step = self._plain if not strategy.gating else self._build(strategy.gating)
         fresh = copy.deepcopy(step.state_dict())
-        optimizer = AdamW(self._parameters, OptimizerSpec())
+        optimizer = Optimizer(self._parameters, OptimizerSpec())
         batches = self._batches(strategy, kind, seed=0)
         warm = 0
         while warm < WARM_STEPS:
@@ -140,10 +140,10 @@ class Laboratory:
         return Snapshot({name: parameter.detach() for name, parameter in fresh.named_parameters()}, None)
 
     @torch.no_grad()
-    def _restore(self, snapshot: Snapshot) -> AdamW:
+    def _restore(self, snapshot: Snapshot) -> Optimizer:
         for name, parameter in self._parameters.items():
             parameter.copy_(snapshot.weights[name])
-        optimizer = AdamW(self._parameters, OptimizerSpec())
+        optimizer = Optimizer(self._parameters, OptimizerSpec())
         if snapshot.optimizer is not None:
             state = optimizer.state_dict()
             state["updates"].copy_(snapshot.optimizer["updates"])
@@ -184,7 +184,7 @@ class Laboratory:
         return Outcome(loss, clock_s, done, tokens, int(gated) / max(tokens, 1), recompiles), end
 
     def _round(
-        self, step: TrainingStep, optimizer: AdamW, batches: Iterator[Batch], rates: list[float], *, first: int
+        self, step: TrainingStep, optimizer: Optimizer, batches: Iterator[Batch], rates: list[float], *, first: int
     ) -> tuple[float, Tensor]:
         """One step for each learning rate; the seconds they took together, and the tokens that carried gradient."""
         gated = torch.zeros((), dtype=torch.int64, device=self._device)
