@@ -267,10 +267,10 @@ class OptimizerSpec(Spec):
 
     name: OptimizerName = OptimizerName.ADAMW
     """AdamW: with decoupled weight decay. Muon: the matrices inside the network move by orthogonalised momentum, and
-    the rest by AdamW; AdamW's learning rates hold. Lion: the sign of a momentum, in two thirds of AdamW's memory; wants
-    a third to a tenth of its learning rate and as much more weight decay. Adafactor: second moments by row and column,
-    in a third of AdamW's memory; wants about 30 times its learning rate, as steps go by the size of the weights. None
-    of them decays vectors, such as those of norms."""
+    the rest by AdamW; AdamW's learning rates hold. Lion: by the sign of a momentum; wants a third to a tenth of AdamW's
+    learning rate and as much more weight decay. Adafactor: second moments by row and column alone; wants about 30 times
+    AdamW's learning rate, as steps go by the size of the weights. State in bytes a parameter: AdamW 8, Muon and Lion 4,
+    Adafactor none to speak of. None of them decays vectors, such as those of norms."""
     learning_rate: float = Field(default=3e-4, gt=0, le=10)
     """Peak learning rate."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
