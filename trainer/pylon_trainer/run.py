@@ -15,7 +15,7 @@ from pylon_trainer.consensus.build import build_exchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
-from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
@@ -42,7 +42,7 @@ class Run:
     model: Decoder
     training_step: TrainingStep
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: AdamW
+    optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
     total_steps: int
@@ -88,7 +88,7 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_disagreement(world, config, parameters)
-    optimizer = AdamW(parameters, training.optimizer)
+    optimizer = Optimizer(parameters, training.optimizer)
     return Run(
         config=config,
         world=world,
