@@ -51,6 +51,13 @@ class ScanKernel(enum.StrEnum):
     PYTORCH = "PyTorch"
 
 
+class Activation(enum.StrEnum):
+    SILU = "Silu"
+    GELU = "Gelu"
+    RELU = "Relu"
+    BINLOP = "Binlop"
+
+
 class ResonateSpec(Spec):
     """What the Resonate architecture has of its own. Every field can be left alone."""
 
@@ -73,6 +80,12 @@ class ResonateSpec(Spec):
     long_convolution_every: int = Field(default=0, ge=0, le=1024)
     """Every so many blocks one convolves over the whole past with a learnt filter that does not depend on the tokens,
     instead of scanning; where attentionEvery falls on the same block, it attends. 1 makes all blocks so, 0 none."""
+    activation: Activation = Activation.SILU
+    """Of the gate in every MLP. Binlop: straight lines with two knees, odd and invertible, whose knees and slopes each
+    layer learns; of magnitude at least binlopMinimumSlope everywhere, so it never saturates."""
+    binlop_minimum_slope: float = Field(default=0.5, gt=0, lt=1)
+    """Binlop only: the least slope that it may learn. Near 1 it is almost the identity; a small one may bend as sharply
+    as a ReLU does on one side, and lets gradients vanish."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
     """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
     compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""

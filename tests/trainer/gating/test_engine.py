@@ -34,6 +34,7 @@ MODELS = {
     "untied": {"tie_embeddings": False},
     "factorised": {"embedding_rank": 8},
     "resonate": RESONATE,
+    "binlop": RESONATE | {"resonate": RESONATE["resonate"] | {"activation": "Binlop"}},
 }
 ROWS = {
     "all": list(range(TOKENS)),
