@@ -147,7 +147,8 @@ class RowContext(RecallingContext):
     offer is at hand."""
 
     rows: Rows
-    offered: tuple[Tensor, ...]
+    offered: list[Tensor]
+    """In the order in which the block will ask for it."""
 
     @classmethod
     def at(
@@ -155,12 +156,12 @@ class RowContext(RecallingContext):
     ) -> RowContext:
         """products: those of all tokens; none are known if it is empty."""
         known = [Product(rows.take(output_BTD), weight) for output_BTD, weight in products]
-        return cls(rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, offered)
+        return cls(rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, list(offered))
 
     def attend(self, q_1HKE: Tensor, k_1JKE: Tensor, v_1JKE: Tensor) -> Tensor:
         """1 x H x K x E. The rows' own keys and values stand for those among all that they equal, so that gradients
         reach them."""
-        k_BJTE, v_BJTE = self.offered
+        k_BJTE, v_BJTE = self.offered.pop(0), self.offered.pop(0)
         if isinstance(self.rows.layout, Layout):
             # Gradients that go to all keys and values reach the rows' own among them.
             own_JKE = None if k_BJTE.requires_grad else (k_1JKE.squeeze(0), v_1JKE.squeeze(0))
@@ -177,7 +178,7 @@ class RowContext(RecallingContext):
     def mix(self, mixer: Mixer, x_1KI: Tensor) -> Tensor:
         """1 x K x O. The mixer runs over all tokens, with the rows' own inputs among them, so that gradients reach
         these from every chosen row that remembers them."""
-        (x_BTI,) = self.offered
+        x_BTI = self.offered.pop(0)
         rows = self.rows
 
         def mix_rows(own_1KI: Tensor, all_BTI: Tensor) -> Tensor:
