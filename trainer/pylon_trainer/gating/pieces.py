@@ -32,7 +32,7 @@ class Kept(NamedTuple):
     """What its tokens offer to later ones."""
     products: list[Product]
     """Of its linear layers in the order of their calls; empty when the rows are to be recomputed."""
-    attended: Attended | None
+    attended: list[Attended | None]
     """What attention gave, where it was asked for and the device can use it."""
 
 
@@ -60,7 +60,7 @@ def _run(
     """The block's output for all tokens, B x T x D."""
     keeping = KeepingContext.like(context, precision, keeps_products)
     y_BTD = block(x_BTD, keeping)
-    return y_BTD, Kept(tuple(keeping.offered), keeping.products, next(iter(keeping.attended), None))
+    return y_BTD, Kept(tuple(keeping.offered), keeping.products, keeping.attended)
 
 
 def _run_rows(block: Block, x_1KD: Tensor, rows: Rows, kept: Kept, precision: torch.dtype | None) -> Tensor:
