@@ -9,8 +9,9 @@ far as each gets.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from pylon_api.training import (
 )
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating.replay import Replay
-from pylon_trainer.models import build_model
+from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.optim.adamw import AdamW
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.step import Batch, TrainingStep
@@ -103,11 +104,22 @@ class Outcome:
 class Laboratory:
     """One model on which every run takes place."""
 
-    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device, compile: Compile) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        corpus: Mapping[str, Ids],
+        device: torch.device,
+        compile: Compile,
+        build: Callable[[], Decoder] | None = None,
+        optimizer: OptimizerSpec | None = None,
+    ) -> None:
+        """build: makes the model, in place of the scale's Transformer."""
         self.scale = scale
         self._device = device
         self._compile = compile
-        self.model = build_model(ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY).to(device)
+        self._fresh_model = build or partial(build_model, ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY)
+        self._optimizer = optimizer or OptimizerSpec()
+        self.model = self._fresh_model().to(device)
         self._parameters = dict(self.model.named_parameters())
         self._windows = {name: self._cut(ids) for name, ids in corpus.items()}
         self._plain = self._build({})
@@ -119,7 +131,7 @@ class Laboratory:
         """Build and compile its step; returns the seconds of one, warm. The model's weights are spoiled."""
         step = self._plain if not strategy.gating else self._build(strategy.gating)
         fresh = copy.deepcopy(step.state_dict())
-        optimizer = AdamW(self._parameters, OptimizerSpec())
+        optimizer = AdamW(self._parameters, self._optimizer)
         batches = self._batches(strategy, kind, seed=0)
         warm = 0
         while warm < WARM_STEPS:
@@ -136,14 +148,13 @@ class Laboratory:
     def start(self, seed: int) -> Snapshot:
         """Fresh weights."""
         torch.manual_seed(seed)
-        fresh = build_model(ModelSpec.model_validate(self.scale.model), vocab_size=VOCABULARY)
-        return Snapshot({name: parameter.detach() for name, parameter in fresh.named_parameters()}, None)
+        return Snapshot({name: p.detach() for name, p in self._fresh_model().named_parameters()}, None)
 
     @torch.no_grad()
     def _restore(self, snapshot: Snapshot) -> AdamW:
         for name, parameter in self._parameters.items():
             parameter.copy_(snapshot.weights[name])
-        optimizer = AdamW(self._parameters, OptimizerSpec())
+        optimizer = AdamW(self._parameters, self._optimizer)
         if snapshot.optimizer is not None:
             state = optimizer.state_dict()
             state["updates"].copy_(snapshot.optimizer["updates"])
