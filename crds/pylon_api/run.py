@@ -73,6 +73,12 @@ class CheckpointReport(Report):
     size_bytes: int | None = None
     """Bytes of all its files."""
 
+    @property
+    def recency(self) -> tuple[int, int]:
+        """Attempt and step; greater for a newer one of the same job. Steps alone do not tell: an attempt that had to go
+        back to an older checkpoint commits steps anew."""
+        return self.attempt, self.step
+
 
 class SaveReport(Report):
     """How saving goes, in this attempt."""
@@ -150,6 +156,8 @@ class ControlReport(Report):
     """Regression of seen on predicted changes of the loss when advice changes at the ports to the MLPs; 1 at first."""
     skip_gain: float
     """The same at the ports to the state-space layers' skips."""
+    hyper_gain: float
+    """The same at the ports to the hyper-networks; stays 1 where there are none."""
     checks: int = 0
     """Changes of advice that were tried."""
     wrong_signs: int = 0

@@ -50,6 +50,7 @@ _CONTROL_GAUGES = {
     "kept_promise": "Share of the loss change predicted for a step that was seen.",
     "mlp_gain": "Seen over predicted changes of the loss by advice at the ports to the MLPs.",
     "skip_gain": "The same at the ports to the state-space layers' skips.",
+    "hyper_gain": "The same at the ports to the hyper-networks.",
 }
 
 _CONTROL_COUNTERS = {

@@ -17,7 +17,8 @@ from pylon_trainer.control import Control, build_control
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
-from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.models.resonate.upkeep import Upkeep
+from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
@@ -44,10 +45,11 @@ class Run:
     model: Decoder
     training_step: TrainingStep
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: AdamW
+    optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
     control: Control | None
+    upkeep: Upkeep
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -80,6 +82,8 @@ class Run:
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
+        if self.upkeep.end_step(self.step) and self.control:
+            self.control.hold(self.step)
         self.tokens += global_tokens
         return Update(results, gradient_norm, learning_rate)
 
@@ -94,8 +98,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     training_step = build_step(model, training, world.device)
     control = build_control(world, training, model, training_step, parameters)
     seed_everything(training.seed, world.rank + 1)
-    refuse_disagreement(world, config, parameters)
-    optimizer = AdamW(parameters, training.optimizer)
+    refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+    optimizer = Optimizer(parameters, training.optimizer)
     replicated = {**parameters, **optimizer.tensors, **(control.tensors if control else {})}
     return Run(
         config=config,
@@ -108,5 +112,6 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         exchange=build_exchange(world, training, parameters),
         agreement=Agreement(world, replicated, training.consensus.on_disagreement),
         control=control,
+        upkeep=Upkeep(model, world, training.seed),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

@@ -9,8 +9,8 @@ import pytest
 
 from pylon_trainer.control.decisions import (
     CEILING_RATIO,
-    FALLBACK_TURNS,
     FLOOR_RATIO,
+    HELD_TURNS,
     LEAST_GAIN,
     MOST_GAIN,
     TARGET_RATIO,
@@ -80,7 +80,7 @@ def test_advice_is_held_for_some_turns_when_a_port_does_not_do_as_its_gradient_s
     assert (believed.is_healthy, believed.held_until, believed.checks, believed.wrong_signs) == (True, 0, 1, 0)
     believed = believed.after_check(1, Promise(-0.1, 0.3, 2.0), step=256, turn_steps=32)
     assert (believed.is_healthy, believed.checks, believed.wrong_signs) == (False, 2, 1)
-    assert believed.held_until == 256 + FALLBACK_TURNS * 32
+    assert believed.held_until == 256 + HELD_TURNS * 32
     assert believed.gains[0] == 1.0
     assert believed.hold(300, 8).held_until == believed.held_until
 

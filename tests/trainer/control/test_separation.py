@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from advice import open_ports
-from engines import RESONATE, batch_of, model_of
+from engines import ADAPTED, RESONATE, batch_of, model_of
 from ranks import run_ranks
 from torch import Tensor
 
 from pylon_api.run import RunConfig
 from pylon_api.training import TrainingSpec
+from pylon_trainer.control.decisions import HELD_TURNS
 from pylon_trainer.data import open_data
 from pylon_trainer.gating import build_step
 from pylon_trainer.models.ports import Port, PortKind
@@ -57,7 +58,7 @@ def test_a_model_with_fresh_ports_is_the_one_without_whatever_it_is_advised() ->
 
 
 def test_every_kind_of_port_answers_to_its_row_of_the_advice_alone() -> None:
-    model, batch = model_of(**RESONATE), batch_of()
+    model, batch = model_of(**ADAPTED), batch_of()
     advice_PR = model.get_buffer("advice_PR")
     for kind in PortKind:
         before = model(batch.tokens_BT)
@@ -71,7 +72,7 @@ def test_every_kind_of_port_answers_to_its_row_of_the_advice_alone() -> None:
 
 
 def test_what_is_sensed_is_the_gradient_of_the_loss_at_the_advice() -> None:
-    model, batch = model_of(**RESONATE), batch_of(isolated=True)
+    model, batch = model_of(**ADAPTED), batch_of(isolated=True)
     step, advice_PR = step_of(model), model.get_buffer("advice_PR")
     loss, gradient_PR = step.sense(batch, advice_PR)
     result = step.evaluate(batch)
@@ -87,7 +88,7 @@ def test_what_is_sensed_is_the_gradient_of_the_loss_at_the_advice() -> None:
 
 
 def test_no_graph_leads_from_the_loss_to_the_advice_but_through_ports() -> None:
-    model, batch = model_of(**RESONATE), batch_of()
+    model, batch = model_of(**ADAPTED), batch_of()
     advice_PR = model.get_buffer("advice_PR").requires_grad_()
 
     def advice_gradient() -> Tensor | None:
@@ -103,14 +104,15 @@ def test_no_graph_leads_from_the_loss_to_the_advice_but_through_ports() -> None:
 
 
 def test_sensing_leaves_gradients_and_what_needs_them_alone() -> None:
-    model, batch = model_of(**RESONATE), batch_of()
-    model.blocks[0].mlp.down.weight.requires_grad_(False)
+    model, batch = model_of(**ADAPTED), batch_of()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     needs = {name: p.requires_grad for name, p in model.named_parameters()}
     step, advice_PR = step_of(model), model.get_buffer("advice_PR")
     step.sense(batch, advice_PR)
     assert all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == needs
     assert not advice_PR.requires_grad
+    assert not differing(buffers, dict(model.named_buffers()))
 
 
 def test_neither_learner_writes_to_what_is_the_others(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -140,21 +142,19 @@ def test_neither_learner_writes_to_what_is_the_others(tmp_path: Path, make_confi
         run.step = 9
         run.advance(batch, tokens)
         assert not differing(controls, control.tensors)
-        assert set(run.parameters) <= {
-            name for name, x in before.items() if not torch.equal(x, run.parameters.get(name, x))
-        }
+        assert set(run.parameters) <= differing(before, before | run.parameters)
 
         # Held, it neither learns nor speaks.
-        control.hold(run.step, 8)
+        control.hold(run.step)
         run.step = 16
         run.advance(batch, tokens)
         assert not differing(controls, control.tensors)
-        run.step = 24
+        run.step = 8 * (2 + HELD_TURNS)
         run.advance(batch, tokens)
         assert "advice" in differing(controls, control.tensors)
 
         # Gradients that are not finite teach it nothing.
-        run.step = 32
+        run.step += 7
         with torch.no_grad():
             run.model.norm.weight[0] = torch.nan
         run.advance(batch, tokens)

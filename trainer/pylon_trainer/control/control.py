@@ -24,11 +24,12 @@ from torch import Tensor
 from pylon_api.run import ControlReport
 from pylon_api.training import ControlSpec, OptimizerSpec, TrainingSpec
 from pylon_trainer.control.controller import Controller
-from pylon_trainer.control.decisions import CHECK_STEPS, Belief, Promise
+from pylon_trainer.control.decisions import CHECK_STEPS, HELD_TURNS, Belief, Promise
 from pylon_trainer.control.limit import Limit, Moved
 from pylon_trainer.models import Decoder
 from pylon_trainer.models.ports import PortKind
-from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.models.resonate import Resonate
+from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.runtime.arrivals import Arrival
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.step import Batch, StepResult, TrainingStep
@@ -67,11 +68,13 @@ class Control:
         self._advice_PR = advice_PR
         self._parameters = parameters
         self._limit = Limit(parameters)
-        size = 2 + 2 * self._limit.groups
+        shared = model.shared if isinstance(model, Resonate) else None
+        self._codebook = None if shared is None else shared.codebook
+        size = 3 + 2 * self._limit.groups
         self._controller = Controller(size, spec.vector_size).to(world.device)
         weights = dict(self._controller.named_parameters())
         self._weights = weights
-        self._optimizer = AdamW(weights, OptimizerSpec(weight_decay=0))
+        self._optimizer = Optimizer(weights, OptimizerSpec(weight_decay=0))
         self._belief = Belief(gains=(1.0,) * len(PortKind))
         self._unusual_KS = torch.zeros(1, size, device=world.device)
         """What the advice in force follows from."""
@@ -99,10 +102,10 @@ class Control:
         if is_turn:
             self._turn(step, batch, results, learning_rate, sensed, gradients, moved)
 
-    def hold(self, step: int, steps: int) -> None:
-        """Leave advice as it is for so many steps: after a part of the model has begun anew, so that what the loss
-        says of it is not taken for an answer to advice. To be called alike on all ranks."""
-        self._belief = self._belief.hold(step, steps)
+    def hold(self, step: int) -> None:
+        """Leave advice as it is for a while: a part of the model has begun anew, and what the loss says of that is not
+        to be taken for an answer to advice. To be called alike on all ranks."""
+        self._belief = self._belief.hold(step, HELD_TURNS * self._every)
 
     def _judge(self) -> None:
         """Draw conclusions from the last turn."""
@@ -173,13 +176,14 @@ class Control:
         self._optimizer.update(OUTER_RATE * learning_rate)
 
     def _listen(self, results: Sequence[StepResult], gradients: list[Tensor], moved: Moved) -> None:
-        """Gather every rank's figures: loss, share of tokens with gradient, norms of its own gradient, sizes of the
-        update."""
+        """Gather every rank's figures: loss, share of tokens with gradient, use of the codebook, norms of its own
+        gradient, sizes of the update."""
         loss_sum, tokens, gated_tokens = (
             torch.stack([part.double() for part in parts]).sum()
             for parts in zip(*((r.loss_sum, r.tokens, r.gated_tokens) for r in results), strict=True)
         )
-        shares = torch.stack([loss_sum / tokens, gated_tokens / tokens]).float()
+        use = loss_sum.new_ones(()) if self._codebook is None else self._codebook.use_entropy().double()
+        shares = torch.stack([loss_sum / tokens, gated_tokens / tokens, use]).float()
         norms_G = self._limit.norms(gradients)
         figures_S = torch.cat([shares, norms_G, moved.ratio_G]).log()
         self._unusual_KS = self._controller.compare(self._world.all_gather(figures_S))
@@ -206,6 +210,7 @@ class Control:
             kept_promise=belief.kept,
             mlp_gain=belief.gains[PortKind.MLP],
             skip_gain=belief.gains[PortKind.SKIP],
+            hyper_gain=belief.gains[PortKind.HYPER],
             checks=belief.checks,
             wrong_signs=belief.wrong_signs,
             held_until_step=belief.held_until,

@@ -35,9 +35,9 @@ RESOLUTION = 1e-5
 
 CHECK_STEPS = 128
 """Steps between two looks at what a change of advice does."""
-FALLBACK_TURNS = 4
-"""Turns for which the advice is held when a gain is not healthy: the weights alone then go on, to where the gradients
-mean something again."""
+HELD_TURNS = 4
+"""Turns for which the advice is held when a gain is not healthy, or a part of the model has begun anew: the weights
+alone then go on, to where gradients at ports mean something again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Belief:
             checks=self.checks + 1,
             wrong_signs=self.wrong_signs + (agreement < 0),
         )
-        return believed if believed.is_healthy else believed.hold(step, FALLBACK_TURNS * turn_steps)
+        return believed if believed.is_healthy else believed.hold(step, HELD_TURNS * turn_steps)
 
     def hold(self, step: int, steps: int) -> Belief:
         """Leave advice as it is for so many steps from this one."""

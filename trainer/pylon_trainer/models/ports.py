@@ -1,9 +1,10 @@
 """Ports: the few shallow places of a block where the controller's advice, the resonance vector, may enter.
 
-Two to a block. The first shifts and scales what the MLP reads (FiLM: Perez et al. 2018, arXiv:1709.07871), the second
-opens or closes a state-space layer's skip, head by head. A port is a product of two thin matrices of which the second
-is zero at first, so that a model with ports begins as the one without. Advice comes by the context, as a constant:
-nothing here keeps it, changes it or sends a gradient to whoever gave it.
+Two or three to a block. The first shifts and scales what the MLP reads (FiLM: Perez et al. 2018, arXiv:1709.07871),
+the second opens or closes a state-space layer's skip, head by head, the third shifts what a hyper-network makes of its
+summary. A port is a product of two thin matrices of which the second is zero at first, so that a model with ports
+begins as the one without. Advice comes by the context, as a constant: nothing here keeps it, changes it or sends a
+gradient to whoever gave it.
 
 Each kind of port has a row of its own, all alike while training, so that one kind can be asked what it does alone.
 
@@ -33,6 +34,7 @@ class PortKind(enum.IntEnum):
 
     MLP = 0
     SKIP = 1
+    HYPER = 2
 
 
 class Port(nn.Module):
@@ -57,7 +59,9 @@ def norm_with(norm: nn.RMSNorm, port: Port | None, x_BTD: Tensor, context: Conte
         normed_BTD: Tensor = norm(x_BTD)
         return normed_BTD
     scale_D, shift_D = port(context.advice_PR).chunk(2)
-    return F.rms_norm(x_BTD, norm.normalized_shape, norm.weight * (1 + scale_D), norm.eps) + shift_D
+    scaled_BTD = F.rms_norm(x_BTD, norm.normalized_shape, norm.weight * (1 + scale_D), norm.eps)
+    modulated_BTD: Tensor = scaled_BTD + shift_D
+    return modulated_BTD
 
 
 def skip_with(skip_H: Tensor, port: Port | None, advice_PR: Tensor | None) -> Tensor:
