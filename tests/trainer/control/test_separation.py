@@ -84,7 +84,7 @@ def test_what_is_sensed_is_the_gradient_of_the_loss_at_the_advice() -> None:
             advice_PR[kind] += sign * 0.01 * direction_R
             losses.append(step.evaluate(batch).loss_sum / result.tokens)
             advice_PR[kind] -= sign * 0.01 * direction_R
-        assert ((losses[0] - losses[1]) / 0.02).item() == pytest.approx(gradient_PR[kind].norm().item(), rel=0.02)
+        assert ((losses[0] - losses[1]) / 0.02).item() == pytest.approx(gradient_PR[kind].norm().item(), rel=0.05)
 
 
 def test_no_graph_leads_from_the_loss_to_the_advice_but_through_ports() -> None:
