@@ -155,6 +155,14 @@ class AdaptationSpec(Spec):
         return min(self.allocated_rank, self.rank << min(doublings, 12))
 
 
+class StabilitySpec(Spec):
+    """Bounds on what a block adds to the residual stream."""
+
+    branch_norm_limit: float = Field(default=1.0, gt=0, le=1000)
+    """Largest norm of what a mixer, attention or MLP adds to a token, as a share of the token's own norm before; more
+    is scaled down to it."""
+
+
 class ResonateSpec(Spec):
     """What the Resonate architecture has of its own. Every field can be left alone."""
 
@@ -188,6 +196,8 @@ class ResonateSpec(Spec):
     compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
     control: ControlSpec | None = None
     """The controller, and the ports by which its advice enters the blocks. Unset: there is none; {} takes defaults."""
+    stability: StabilitySpec | None = None
+    """Bounds on what a block adds to the residual stream. Unset: none."""
     adaptation: AdaptationSpec | None = None
     """Large linear layers with few learnt ranks beside weights that do not learn. Unset: all weights learn."""
 

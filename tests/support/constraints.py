@@ -106,6 +106,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "control": {},
             "control.outerEverySteps": {},
             "control.vectorSize": {},
+            "stability": {},
+            "stability.branchNormLimit": {},
         }.items()
     },
     "spec.training.optimizer.momentum": {"spec.training.optimizer.name": "Muon"},

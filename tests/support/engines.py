@@ -46,6 +46,7 @@ RESONATE: dict[str, Any] = {
         "longConvolutionEvery": 2,
         "attentionEvery": 3,
         "control": {"vectorSize": 8},
+        "stability": {},
     },
 }
 """A model with every kind of block, and ports."""

@@ -75,8 +75,7 @@ def test_it_goes_on_bit_for_bit_and_on_another_number_of_ranks(
     (last,) = checkpoints.glob("step-000000000008-attempt-000002-*")
     assert {path.name: path.read_bytes() for path in last.glob("rank-*.safetensors")} == files
 
-    exit_code, more = run_pod(
-        tmp_path / "more", make_config(attempt=3, processes=4, **recipe | {"schedule": {"steps": 12}})
-    )
+    recipe["schedule"] = {"steps": 12}
+    exit_code, more = run_pod(tmp_path / "more", make_config(attempt=3, processes=4, **recipe))
     assert exit_code == 0, more.log
     assert (min(more.values("loss")), more.final.step) == (9, 12)

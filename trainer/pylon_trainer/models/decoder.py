@@ -154,6 +154,21 @@ class Decoder(nn.Module, ABC):
                 nn.init.normal_(projection.weight, std=1 / math.sqrt(self.spec.embedding_rank))
 
 
+def norm_limit_of(spec: ModelSpec) -> float | None:
+    """On what a block's layers add to a token; None for none."""
+    stability = None if spec.resonate is None else spec.resonate.stability
+    return None if stability is None else stability.branch_norm_limit
+
+
+def add_branch(x_BTD: Tensor, branch_BTD: Tensor, norm_limit: float | None) -> Tensor:
+    """The residual stream with what a layer adds to it: to each token at most so many times its own norm."""
+    if norm_limit is None:
+        return x_BTD + branch_BTD
+    own_BT1, norm_BT1 = (torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x_BTD, branch_BTD))
+    # The square of the least norm is not 0, or gradients of a branch that adds nothing would not be numbers.
+    return x_BTD + branch_BTD * (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+
+
 def plain_linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without bias, as all of a decoder's are."""
     return nn.Linear(inputs, outputs, bias=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.models.context import Context
-from pylon_trainer.models.decoder import Block, Decoder, plain_linear
+from pylon_trainer.models.decoder import Block, Decoder, add_branch, norm_limit_of, plain_linear
 from pylon_trainer.models.ports import Port, PortKind, norm_with
 
 GatedActivation = Callable[[Tensor, Tensor], Tensor]
@@ -44,11 +44,12 @@ class AttentionBlock(Block):
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         self.mlp = GatedMLP(spec.hidden_size, intermediate_size(spec), activation)
         self.port_mlp: Port | None = None
+        self.norm_limit = norm_limit_of(spec)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
-        updated_BTD: Tensor = x_BTD + self.mlp(norm_with(self.mlp_norm, self.port_mlp, x_BTD, context), context)
-        return updated_BTD
+        x_BTD = add_branch(x_BTD, self.attention(self.attention_norm(x_BTD), context), self.norm_limit)
+        normed_BTD = norm_with(self.mlp_norm, self.port_mlp, x_BTD, context)
+        return add_branch(x_BTD, self.mlp(normed_BTD, context), self.norm_limit)
 
     def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
         """What tokens offer to those that attend to them, each B x J x T x E."""

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "attention": {"attentionEvery": 1},
     "all three": {"longConvolutionEvery": 2, "attentionEvery": 3},
     "groups": {"groups": 2},
-    "ports": {"longConvolutionEvery": 2, "attentionEvery": 3, "control": {"vectorSize": 8}},
+    "ports": {"longConvolutionEvery": 2, "attentionEvery": 3, "control": {"vectorSize": 8}, "stability": {}},
 }
 every_kind = pytest.mark.parametrize("own", KINDS.values(), ids=KINDS.keys())
 
