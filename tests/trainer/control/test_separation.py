@@ -10,6 +10,7 @@ import pytest
 import torch
 from advice import open_ports
 from engines import ADAPTED, RESONATE, batch_of, model_of
+from flops import flops
 from ranks import run_ranks
 from torch import Tensor
 
@@ -81,10 +82,10 @@ def test_what_is_sensed_is_the_gradient_of_the_loss_at_the_advice() -> None:
         direction_R = gradient_PR[kind] / gradient_PR[kind].norm()
         losses = []
         for sign in (1, -1):
-            advice_PR[kind] += sign * 0.01 * direction_R
+            advice_PR[kind] += sign * 0.002 * direction_R
             losses.append(step.evaluate(batch).loss_sum / result.tokens)
-            advice_PR[kind] -= sign * 0.01 * direction_R
-        assert ((losses[0] - losses[1]) / 0.02).item() == pytest.approx(gradient_PR[kind].norm().item(), rel=0.05)
+            advice_PR[kind] -= sign * 0.002 * direction_R
+        assert ((losses[0] - losses[1]) / 0.004).item() == pytest.approx(gradient_PR[kind].norm().item(), rel=0.05)
 
 
 def test_no_graph_leads_from_the_loss_to_the_advice_but_through_ports() -> None:
@@ -115,6 +116,15 @@ def test_sensing_leaves_gradients_and_what_needs_them_alone() -> None:
     assert not differing(buffers, dict(model.named_buffers()))
 
 
+def test_a_turn_costs_as_much_as_a_step_of_one_micro_batch_and_a_tenth() -> None:
+    model, batch = model_of(**RESONATE), batch_of()
+    step = step_of(model)
+    whole = flops(lambda: step.forward_backward(batch, global_tokens=39, step=0))
+    turn = flops(lambda: (step.sense(batch, model.get_buffer("advice_PR")), step.evaluate(batch)))
+    check = flops(lambda: step.evaluate(batch))
+    assert (turn + check / 4) / whole < 1.1
+
+
 def test_neither_learner_writes_to_what_is_the_others(tmp_path: Path, make_config: MakeConfig) -> None:
     own = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "control": {"outerEverySteps": 8, "vectorSize": 16}}
     config = RunConfig.model_validate(make_config(model={"architecture": "Resonate", "resonate": own}))
@@ -132,8 +142,11 @@ def test_neither_learner_writes_to_what_is_the_others(tmp_path: Path, make_confi
         # A turn in which no optimizer runs: the controller learns and speaks, and the model is what it was.
         results = [run.training_step.forward_backward(batch, global_tokens=tokens, step=0)]
         before, controls = tensors_of(run), {name: x.clone() for name, x in control.tensors.items()}
+        sent_bytes = world.traffic.bytes
         with control.around_update(8, batch, results, learning_rate=0.1):
             pass
+        figures = control.tensors["controller's usual_S"].numel()
+        assert world.traffic.bytes - sent_bytes == 4 * (5 + 16 + figures)  # between two ranks
         assert not differing(before, tensors_of(run))
         assert differing(controls, control.tensors) >= {"advice", "controller's say.weight", "controller's usual_S"}
 

@@ -97,7 +97,7 @@ class Control:
             gradients = [p.grad.clone() for p in self._parameters.values() if p.grad is not None]
         before = self._limit.remember()
         yield
-        limit = torch.tensor(self._belief.limit, device=self._world.device)
+        limit = torch.full((), self._belief.limit, device=self._world.device)  # unlike torch.tensor, without waiting
         moved = self._limit.apply(before, limit)
         if is_turn:
             self._turn(step, batch, results, learning_rate, sensed, gradients, moved)
@@ -155,21 +155,21 @@ class Control:
         """Share what was seen, learn, and speak."""
         predicted = torch.stack([g.flatten() @ m.flatten() for g, m in zip(gradients, moved.steps, strict=True)]).sum()
         means = torch.stack([sensed.loss, self._loss(batch) - sensed.loss, sensed.predicted, sensed.seen])
+        by_port = zip(self._belief.gains, sensed.gradient_PR.unbind(), strict=True)
+        gradient_R = torch.stack([gain * at_port_R for gain, at_port_R in by_port]).sum(0)
         # This rank's parameters hold its share of the gradient of the mean; all else is a mean of its own.
-        own = torch.cat([predicted[None], torch.cat([means, sensed.gradient_PR.flatten()]) / self._world.size])
-        changes, gradient_PR = self._world.sum(own).tensor_split([1 + len(means)])
+        own = torch.cat([predicted[None], torch.cat([means, gradient_R]) / self._world.size])
+        changes, gradient_R = self._world.sum(own).tensor_split([1 + len(means)])
         self._seen = step, Arrival.of(torch.cat([moved.ratio_G.max()[None], changes]))
         if step >= self._belief.held_until:
-            self._learn(gradient_PR.view_as(sensed.gradient_PR), learning_rate)
+            self._learn(gradient_R, learning_rate)
             self._listen(results, gradients, moved)
             self._say()
 
-    def _learn(self, gradient_PR: Tensor, learning_rate: float) -> None:
-        """Move the controller so that its advice goes downhill; a port counts by its gain."""
-        gains_P = torch.tensor(self._belief.gains, device=gradient_PR.device)
+    def _learn(self, gradient_R: Tensor, learning_rate: float) -> None:
+        """Move the controller so that its advice goes downhill. gradient_R: of the loss, each port's by its gain."""
         with torch.enable_grad():
-            said_R = self._controller(self._unusual_KS)
-            downhill = said_R @ (gains_P[:, None] * gradient_PR).sum(0)
+            downhill = self._controller(self._unusual_KS) @ gradient_R
         received = torch.autograd.grad(downhill, list(self._weights.values()))
         for weight, gradient in zip(self._weights.values(), received, strict=True):
             weight.grad = gradient
