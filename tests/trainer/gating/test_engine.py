@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from engines import (
+    ADAPTED,
     DENSE,
     ENGINES,
     RESONATE,
@@ -35,6 +36,7 @@ MODELS = {
     "factorised": {"embedding_rank": 8},
     "resonate": RESONATE,
     "binlop": RESONATE | {"resonate": RESONATE["resonate"] | {"activation": "Binlop"}},
+    "adapted": ADAPTED,
 }
 ROWS = {
     "all": list(range(TOKENS)),

@@ -48,7 +48,7 @@ class AttentionBlock(Block):
         updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
         return updated_BTD
 
-    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
         """What tokens offer to those that attend to them, each B x J x T x E."""
         return self.attention.offers(self.attention_norm(x_BTD), context)
 

@@ -14,9 +14,10 @@ import enum
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylon_api.training import Activation, Architecture, ModelSpec, ResonateSpec
+from pylon_api.training import Activation, AdaptationSpec, Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder
+from pylon_trainer.models.resonate.adaptation import AdaptedBlock, Shared, adapt
 from pylon_trainer.models.resonate.binlop import Binlop
 from pylon_trainer.models.resonate.long_convolution import LongConvolution
 from pylon_trainer.models.resonate.mamba import Mamba
@@ -27,14 +28,24 @@ from pylon_trainer.models.transformer import AttentionBlock, GatedActivation, Ga
 class Resonate(Decoder):
     """State-space blocks, with as many that attend or convolve as the spec asks for."""
 
+    def __init__(self, spec: ModelSpec, vocab_size: int) -> None:
+        super().__init__(spec, vocab_size)
+        self.shared: Shared | None = None
+        """What its blocks share where their layers are adapted."""
+        if (adaptation := _adaptation(spec)) is not None:
+            self.shared, self.generated = adapt(self, adaptation)
+
     def _block(self, number: int) -> Block:
+        is_adapted = _adaptation(self.spec) is not None
+        mixer_block = AdaptedMixerBlock if is_adapted else MixerBlock
         match kind_of(self.spec, number):
             case Kind.ATTENTION:
-                return AttentionBlock(self.spec, activation_of(self.spec))
+                attention_block = AdaptedAttentionBlock if is_adapted else AttentionBlock
+                return attention_block(self.spec, activation_of(self.spec))
             case Kind.LONG_CONVOLUTION:
-                return MixerBlock(self.spec, LongConvolution(self.spec))
+                return mixer_block(self.spec, LongConvolution(self.spec))
             case Kind.SCAN:
-                return MixerBlock(self.spec, Mamba(self.spec))
+                return mixer_block(self.spec, Mamba(self.spec))
 
     @property
     def attends(self) -> bool:
@@ -90,12 +101,24 @@ def reglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.relu(gate) * up
 
 
+class AdaptedMixerBlock(AdaptedBlock, MixerBlock):
+    """A block that scans or convolves, with adapted layers."""
+
+
+class AdaptedAttentionBlock(AdaptedBlock, AttentionBlock):
+    """A block that attends, with adapted layers."""
+
+
 class Kind(enum.Enum):
     """Where the tokens of a block meet."""
 
     ATTENTION = enum.auto()
     LONG_CONVOLUTION = enum.auto()
     SCAN = enum.auto()
+
+
+def _adaptation(spec: ModelSpec) -> AdaptationSpec | None:
+    return None if spec.resonate is None else spec.resonate.adaptation
 
 
 def kind_of(spec: ModelSpec, number: int) -> Kind:
