@@ -143,9 +143,9 @@ def measure_speed(results: Path) -> None:
     publish("activation_speed", rows_, results)
 
 
-def measure_losses(results: Path, activations: list[str], seeds: int, steps: int, minutes: float) -> int:
+def measure_losses(arguments: argparse.Namespace) -> int:
     """Exit status: 1 when time ran out."""
-    end_s = time.monotonic() + 60 * minutes
+    end_s, steps, results = time.monotonic() + 60 * arguments.minutes, arguments.steps, arguments.results
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = LARGE if device.type == "cuda" else SMALL
     phase = Phase("scratch", "python", 1.0, LEARNING_RATE, COSINE)
@@ -153,13 +153,18 @@ def measure_losses(results: Path, activations: list[str], seeds: int, steps: int
     done = {
         (row["activation"], row["seed"]) for row in rows if row["device"] == device_name() and row["steps"] == steps
     }
-    corpus = read_corpus(CORPUS)
+    corpus = read_corpus(arguments.corpus)
     laboratories: dict[str, Laboratory] = {}
-    missing = [(name, seed) for seed in range(seeds) for name in activations if (name, seed) not in done]
+    missing = [
+        (name, seed)
+        for seed in range(arguments.seeds)
+        for name in arguments.activation or ACTIVATIONS
+        if (name, seed) not in done
+    ]
     for number, (name, seed) in enumerate(missing):
         if time.monotonic() > end_s:
             print(f"out of time: {len(missing) - number} runs are left for another call", file=sys.stderr)
-            break
+            return 1
         if name not in laboratories:
             own = Scale(spec_of(name, **scale.model), scale.sequences, scale.tokens)
             compiles = Compile.DEFAULT if device.type == "cuda" else Compile.OFF
@@ -182,7 +187,7 @@ def measure_losses(results: Path, activations: list[str], seeds: int, steps: int
         print(f"{name}, seed {seed}: {outcome.loss:.4f} after {outcome.seconds:.1f} s", flush=True)
         write_results("activation_loss", rows, results, timing="marks of the device around rounds of steps")
     print_table(rows)
-    return int(time.monotonic() > end_s)
+    return 0
 
 
 def main() -> int:
@@ -193,21 +198,19 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
     parser.add_argument("--steps", type=int, default=400 if on_device else 300, help="of a run")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which loss begins no further run")
+    parser.add_argument("--corpus", type=Path, default=CORPUS, help="file with the corpus")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON files")
     arguments = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64  # activations share code, and each is another specialisation of it
     parts = arguments.part or ["speed", "loss"]
     if "speed" in parts:
         if not on_device:
             parser.error("no CUDA device here; --part speed measures device kernels, give --part loss")
         measure_speed(arguments.results)
     if "loss" in parts:
-        return measure_losses(
-            arguments.results,
-            arguments.activation or ACTIVATIONS,
-            arguments.seeds,
-            arguments.steps,
-            arguments.minutes,
-        )
+        if not arguments.corpus.exists():
+            parser.error(f"--corpus: {arguments.corpus} is not there; write it with gate_quality.py --prepare")
+        return measure_losses(arguments)
     return 0
 
 
