@@ -43,12 +43,15 @@ class Port(nn.Module):
     def __init__(self, kind: PortKind, advice_size: int, outputs: int) -> None:
         super().__init__()
         self.kind = int(kind)
-        self.read = nn.Parameter(torch.randn(CHANNELS, advice_size) / math.sqrt(advice_size))
+        self.read = nn.Parameter(torch.randn(CHANNELS, advice_size))
+        # Here and not in the weights, whose every number an optimizer moves alike: all moved with the advice, a channel
+        # would otherwise go R times as far in a step as a weight.
+        self.scale = 1 / math.sqrt(advice_size)
         self.write = nn.Parameter(torch.zeros(outputs, CHANNELS))
 
     def forward(self, advice_PR: Tensor) -> Tensor:
         # Sums of products: a few thousand numbers, which autocast would round if they were called a matrix product.
-        channels_C = (self.read * advice_PR[self.kind]).sum(-1)
+        channels_C = self.scale * (self.read * advice_PR[self.kind]).sum(-1)
         outputs: Tensor = (self.write * channels_C).sum(-1)
         return outputs
 
