@@ -166,7 +166,8 @@ def add_branch(x_BTD: Tensor, branch_BTD: Tensor, norm_limit: float | None) -> T
         return x_BTD + branch_BTD
     own_BT1, norm_BT1 = (torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x_BTD, branch_BTD))
     # The square of the least norm is not 0, or gradients of a branch that adds nothing would not be numbers.
-    return x_BTD + branch_BTD * (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+    share_BT1: Tensor = (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+    return x_BTD + branch_BTD * share_BT1
 
 
 def plain_linear(inputs: int, outputs: int) -> nn.Linear:
