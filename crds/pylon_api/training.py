@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
 from pylon_api.base import Spec, rule, rules
@@ -242,13 +243,16 @@ class OptimizerName(enum.StrEnum):
     MUON = "Muon"
     ADAFACTOR = "Adafactor"
     LION = "Lion"
+    SOPHIA = "Sophia"
 
 
+_MOMENTS = (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION, OptimizerName.SOPHIA)
 _OPTIMIZERS_WITH = {
-    "beta1": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
-    "beta2": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
-    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON),
+    "beta1": _MOMENTS,
+    "beta2": _MOMENTS,
+    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.SOPHIA),
     "momentum": (OptimizerName.MUON,),
+    "curvature_steps": (OptimizerName.SOPHIA,),
 }
 """Fields of an optimizer that not all optimizers have."""
 
@@ -269,18 +273,24 @@ class OptimizerSpec(Spec):
     """AdamW: with decoupled weight decay. Muon: the matrices inside the network move by orthogonalised momentum, and
     the rest by AdamW; AdamW's learning rates hold. Lion: by the sign of a momentum; wants a third to a tenth of AdamW's
     learning rate and as much more weight decay. Adafactor: second moments by row and column alone; wants about 30 times
-    AdamW's learning rate, as steps go by the size of the weights. State in bytes a parameter: AdamW 8, Muon and Lion 4,
-    Adafactor none to speak of. None of them decays vectors, such as those of norms."""
+    AdamW's learning rate, as steps go by the size of the weights. Sophia: momentum over the curvature, which it looks
+    at every curvatureSteps; AdamW's learning rate times 0.8. State in bytes a parameter: AdamW and Sophia 8, Muon and
+    Lion 4, Adafactor none to speak of. None of them decays vectors, such as those of norms."""
     learning_rate: float = Field(default=3e-4, gt=0, le=10)
     """Peak learning rate."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
-    """Decay of the first moment; not Adafactor's. Unset: 0.9."""
+    """Decay of the first moment, which Adafactor has not. Unset: 0.9, with Sophia 0.965."""
     beta2: float | None = Field(default=None, ge=0, lt=1)
-    """Decay of the second moment, with Lion of the momentum; not Adafactor's. Unset: 0.95, with Lion 0.99."""
+    """Decay of the second moment, with Lion of the momentum, with Sophia of the curvature; Adafactor has its own way.
+    Unset: 0.95, with Lion and Sophia 0.99."""
     epsilon: float | None = Field(default=None, gt=0, lt=1)
-    """Added to the root of the second moment, by AdamW and by Muon's AdamW. Unset: 1e-8."""
+    """Added to the root of the second moment, by AdamW and Muon; with Sophia the least curvature. Unset: 1e-8, with
+    Sophia 1e-15."""
     momentum: float | None = Field(default=None, ge=0, lt=1)
     """Muon only: decay of the momentum of its matrices. Unset: 0.95."""
+    curvature_steps: int | None = Field(default=None, ge=1, le=2**53)
+    """Sophia only: updates between two looks at the curvature, each at the cost of more than a plain step. Unset:
+    10."""
     weight_decay: float = Field(default=0.1, ge=0, le=10)
     """Decoupled weight decay per unit of learning rate; 0 switches it off."""
     gradient_clip_norm: float = Field(default=1.0, ge=0)
@@ -292,8 +302,8 @@ class OptimizerSpec(Spec):
         json_schema_extra=rules(
             *(
                 rule(
-                    f"!has(self.{field}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
-                    f"{field} goes with {' or '.join(names)}, and with no other optimizer",
+                    f"!has(self.{to_camel(field)}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
+                    f"{to_camel(field)} goes with {', '.join(names)}, and with no other optimizer",
                 )
                 for field, names in _OPTIMIZERS_WITH.items()
             )
@@ -304,7 +314,7 @@ class OptimizerSpec(Spec):
     def _fields_are_of_this_optimizer(self) -> Self:
         for field, names in _OPTIMIZERS_WITH.items():
             if getattr(self, field) is not None and self.name not in names:
-                raise ValueError(f"{field} goes with {' or '.join(names)}, not with {self.name}: leave it out")
+                raise ValueError(f"{to_camel(field)} goes with {', '.join(names)}, not with {self.name}: leave it out")
         return self
 
 
@@ -781,6 +791,11 @@ class TrainingSpec(Spec):
                 "gating.routerLayers must not exceed model.layers",
             ),
             rule(
+                "!has(self.optimizer) || self.optimizer.name != 'Sophia' || !has(self.consensus)"
+                " || self.consensus.codec == 'Exact'",
+                "optimizer Sophia needs consensus.codec Exact, by which it sums its looks at the curvature",
+            ),
+            rule(
                 "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
                 " || self.model.architecture == 'Transformer'",
                 "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
@@ -801,6 +816,15 @@ class TrainingSpec(Spec):
             raise ValueError(
                 f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
                 f"the format has no form for it; set Disabled and use the checkpoint"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curvature_is_summed_exactly(self) -> Self:
+        if self.optimizer.name is OptimizerName.SOPHIA and self.consensus.codec is not ConsensusCodec.EXACT:
+            raise ValueError(
+                f"optimizer Sophia needs consensus.codec Exact, by which it sums its looks at the curvature, "
+                f"not {self.consensus.codec}"
             )
         return self
 

@@ -134,6 +134,7 @@ def test_resonate_trains_with_every_gate(gating: dict[str, Any], tmp_path: Path,
         {"gating": {"strategy": "GradientNorm", "ratioControl": "Fixed"}},
         {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},
         {"consensus": {"codec": "Auto", "bytesPerStep": 7000}},
+        {"optimizer": {"name": "Sophia", "learningRate": 0.001, "curvatureSteps": 2, "lookahead": {"steps": 3}}},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(

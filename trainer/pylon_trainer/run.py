@@ -15,6 +15,7 @@ from pylon_trainer.consensus.build import build_exchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
+from pylon_trainer.optim.curvature import Curvature, build_curvature
 from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
@@ -45,6 +46,7 @@ class Run:
     optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
+    curvature: Curvature | None
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -65,9 +67,9 @@ class Run:
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
         learning_rate = self.config.training.optimizer.learning_rate * ratio
+        parts = self.micro_batches(batch)
         results = [
-            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
-            for part in self.micro_batches(batch)
+            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step) for part in parts
         ]
         before_update()
         self.exchange.exchange(named_gradients(self.parameters))
@@ -76,6 +78,8 @@ class Run:
             parameter.grad = None
         self.step += 1
         self.tokens += global_tokens
+        if self.curvature:
+            self.curvature.follow(parts, global_tokens, self.step)
         return Update(results, gradient_norm, learning_rate)
 
 
@@ -99,5 +103,6 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         optimizer=optimizer,
         exchange=build_exchange(world, training, parameters),
         agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
+        curvature=build_curvature(world, training, model, optimizer, parameters),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )
