@@ -15,6 +15,7 @@ from pylon_trainer.consensus.build import build_exchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
+from pylon_trainer.models.resonate.upkeep import Upkeep
 from pylon_trainer.optim.curvature import Curvature, build_curvature
 from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
@@ -47,6 +48,7 @@ class Run:
     exchange: Exchange
     agreement: Agreement
     curvature: Curvature | None
+    upkeep: Upkeep
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -77,6 +79,7 @@ class Run:
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
+        self.upkeep.end_step(self.step)
         self.tokens += global_tokens
         if self.curvature:
             self.curvature.follow(parts, global_tokens, self.step)
@@ -91,7 +94,7 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
     seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    refuse_disagreement(world, config, parameters)
+    refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
     return Run(
         config=config,
@@ -104,5 +107,6 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         exchange=build_exchange(world, training, parameters),
         agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
         curvature=build_curvature(world, training, model, optimizer, parameters),
+        upkeep=Upkeep(model, world, training.seed),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )
