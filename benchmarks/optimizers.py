@@ -47,6 +47,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "Muon": (1e-3, 3e-3),
     "Lion": (1e-4, 3e-4),
     "Adafactor": (2e-2, 6e-2),
+    "Sophia": (3e-4, 1e-3),
 }
 """Peak learning rates that losses are measured at."""
 

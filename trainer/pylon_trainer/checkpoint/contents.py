@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylon_api.training import OptimizerName
 from pylon_trainer.checkpoint.manifest import Manifest, placeholders
 from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.consensus import divide_up
@@ -60,6 +61,9 @@ def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
             f"the weights that this machine generates from model.resonate.adaptation.baseSeed are not those that {uri} "
             f"was trained with; run the image that wrote it"
         )
+    had, asked = saved.get("optimizer", OptimizerName.ADAMW), wanted["optimizer"]
+    if had != asked:
+        raise ConfigError(f"training.optimizer.name is {asked}, but {uri} was trained with {had}")
     live = {part: manifest.replicated[part] for part in ("model", "optimizer")}
     shapes = {place["key"]: tuple(place["shape"]) for place in placeholders(live)}
     tensors = live_tensors(run)
@@ -112,6 +116,7 @@ def _identity(run: Run) -> dict[str, Any]:
     return {
         "model": training.model.to_wire(),
         "tokenizer": run.data.tokenizer.fingerprint,
+        "optimizer": training.optimizer.name.value,
         "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
         **({} if generated is None else {"generated": generated}),
     }
