@@ -9,8 +9,9 @@ far as each gets.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from pylon_api.training import (
 from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating.replay import Replay
-from pylon_trainer.models import build_model
+from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.optim.curvature import Curvature, build_curvature
 from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.optim.schedule import learning_rate_ratio
@@ -108,11 +109,20 @@ class Outcome:
 class Laboratory:
     """One model on which every run takes place."""
 
-    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device, compile: Compile) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        corpus: Mapping[str, Ids],
+        device: torch.device,
+        compile: Compile,
+        build: Callable[[], Decoder] | None = None,
+    ) -> None:
+        """build: makes the model, in place of the scale's Transformer."""
         self.scale = scale
         self._device = device
         self._compile = compile
-        self.model = build_model(ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY).to(device)
+        self._fresh_model = build or partial(build_model, ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY)
+        self.model = self._fresh_model().to(device)
         self._parameters = dict(self.model.named_parameters())
         self._windows = {name: self._cut(ids) for name, ids in corpus.items()}
         self._plain = self._build({})
@@ -142,8 +152,7 @@ class Laboratory:
     def start(self, seed: int) -> Snapshot:
         """Fresh weights."""
         torch.manual_seed(seed)
-        fresh = build_model(ModelSpec.model_validate(self.scale.model), vocab_size=VOCABULARY)
-        return Snapshot({name: parameter.detach() for name, parameter in fresh.named_parameters()}, None)
+        return Snapshot({name: p.detach() for name, p in self._fresh_model().named_parameters()}, None)
 
     @torch.no_grad()
     def _restore(self, snapshot: Snapshot, spec: OptimizerSpec) -> Optimizer:
