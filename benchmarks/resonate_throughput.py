@@ -161,7 +161,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure training throughput over the length of sequences.")
     parser.add_argument("--architecture", choices=list(size.layers), action="append", help="default: all")
     parser.add_argument("--tokens", type=int, action="append", help="of a sequence; default: several")
-    parser.add_argument("--kernel", choices=["PyTorch", "Auto"], action="append", help="of the scan; default: PyTorch")
+    parser.add_argument("--kernel", choices=["PyTorch", "Auto"], action="append", help="of the scan; default: Auto")
+    parser.add_argument("--quick", action="store_true", help="sequences of 8192 tokens alone")
     parser.add_argument("--steps", type=int, default=5, help="that count (default 5)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON file")
     arguments = parser.parse_args()
@@ -169,9 +170,9 @@ def main() -> int:
     kept = [row for row in read_rows("resonate_throughput", arguments.results) if row["device"] != device_name()]
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    for tokens in arguments.tokens or size.tokens:
+    for tokens in arguments.tokens or ([8192] if arguments.quick else size.tokens):
         for architecture in arguments.architecture or list(size.layers):
-            for kernel in ["PyTorch"] if architecture == "transformer" else arguments.kernel or ["PyTorch"]:
+            for kernel in ["PyTorch"] if architecture == "transformer" else arguments.kernel or ["Auto"]:
                 name = f"{architecture}, {kernel}, {tokens} tokens"
                 try:
                     rows.append(measure(architecture, size, tokens, arguments.steps, device, kernel))

@@ -66,7 +66,8 @@ class ResonateSpec(Spec):
     groups: int = Field(default=1, ge=1, le=256)
     """Sets of input and output maps of the state; the heads must be divisible by it."""
     chunk_tokens: int = Field(default=64, ge=1, le=1024)
-    """Tokens that the scan takes at a time as one product of matrices. It changes speed and memory, not results."""
+    """Tokens that a scan or a long convolution in PyTorch takes at a time as one product of matrices. It changes speed
+    and memory, not results; the scan's Triton kernels choose for themselves."""
     attention_every: int = Field(default=0, ge=0, le=1024)
     """Every so many blocks one attends instead of scanning: 8 makes blocks 8, 16, ... attention, which restores exact
     recall at a cost that grows with the sequence. 0 has none."""
@@ -74,8 +75,8 @@ class ResonateSpec(Spec):
     """Every so many blocks one convolves over the whole past with a learnt filter that does not depend on the tokens,
     instead of scanning; where attentionEvery falls on the same block, it attends. 1 makes all blocks so, 0 none."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
-    """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
-    compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
+    """Auto: Triton kernels on CUDA, else PyTorch. PyTorch: the scan in PyTorch's own operations, to compare with; with
+    compile they are fused, and on CUDA slower than the kernels."""
 
 
 class ModelSpec(Spec):
