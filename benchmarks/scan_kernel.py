@@ -96,7 +96,7 @@ def candidates() -> Iterator[dict[str, Any]]:
 
 def kernel_times_ms(kind: dict[str, Any], sequences: int, tokens: int, repeats: int) -> dict[str, float]:
     """Of each kernel, cut up like this; those that do not fit the device are left out."""
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     from pylon_trainer.kernels.scan import launch
 
@@ -113,7 +113,7 @@ def kernel_times_ms(kind: dict[str, Any], sequences: int, tokens: int, repeats: 
             try:
                 for _ in range(repeats):
                     work()
-            except OutOfResources:
+            except TritonError:
                 continue
     torch.cuda.synchronize()
     return {

@@ -20,8 +20,8 @@ __all__ = ["LARGEST_STATE", "scan"]
 
 LARGEST_STATE = 256
 FORGET = -128.0
-"""Logarithm of a decay that leaves nothing: its exponential is 0 in float32, as is everything below. Decays go no lower,
-because a sum over a chunk keeps digits for what is small only while it is not large itself."""
+"""Logarithm of a decay that leaves nothing: its exponential is 0 in float32, as is everything below. Decays go no
+lower, because a sum over a chunk keeps digits for what is small only while it is not large itself."""
 
 
 def scan(
@@ -45,7 +45,7 @@ def scan(
     if write_BTGN.shape[:2] != (B, T) or read_BTGN.shape != write_BTGN.shape or steps_BTH.shape != (B, T, H) or H % G:
         raise ValueError(
             f"scan: values {tuple(values_BTHP.shape)}, steps {tuple(steps_BTH.shape)}, write {tuple(write_BTGN.shape)} "
-            f"and read {tuple(read_BTGN.shape)} must be (B, T, H, P), (B, T, H) and twice (B, T, G, N), H a multiple of G"
+            f"and read {tuple(read_BTGN.shape)} must be (B, T, H, P), (B, T, H), twice (B, T, G, N), H a multiple of G"
         )
     if N > LARGEST_STATE:
         raise ValueError(f"scan: states have {N} numbers per channel; give at most {LARGEST_STATE}")
@@ -59,5 +59,5 @@ def scan(
     if starts_BT is not None:
         begins_BT = starts_BT == torch.arange(T, device=starts_BT.device)
         decays_BTH = torch.where(begins_BT.unsqueeze(-1), FORGET, decays_BTH)
-    y_BTHP, state_BHNP, _ = fused_scan(values_BTHP, steps_BTH, decays_BTH, write_BTGN, read_BTGN, state_BHNP)
-    return y_BTHP, state_BHNP
+    y_BTHP, final_BHNP, _ = fused_scan(values_BTHP, steps_BTH, decays_BTH, write_BTGN, read_BTGN, state_BHNP)
+    return y_BTHP, final_BHNP

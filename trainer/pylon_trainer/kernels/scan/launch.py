@@ -66,7 +66,8 @@ class _Shapes:
 
     @classmethod
     def of(cls, values_BTHP: Tensor, write_BTGN: Tensor) -> _Shapes:
-        return cls(*values_BTHP.shape, *write_BTGN.shape[2:], tilings=choose_tilings(values_BTHP, write_BTGN))
+        (B, T, H, P), (_, _, G, N) = values_BTHP.shape, write_BTGN.shape
+        return cls(B, T, H, P, G, N, choose_tilings(values_BTHP, write_BTGN))
 
     @property
     def columns(self) -> int:
@@ -75,11 +76,11 @@ class _Shapes:
     @property
     def tiles(self) -> int:
         """Of all heads of a group."""
-        return self.H // self.G * triton.cdiv(self.P, self.columns)
+        return self.H // self.G * _parts(self.P, self.columns)
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.T, self.tilings.chunk_tokens)
+        return _parts(self.T, self.tilings.chunk_tokens)
 
     def constants(self, tiling: Tiling) -> dict[str, int]:
         return {
@@ -87,7 +88,7 @@ class _Shapes:
             "J": self.H // self.G,
             "N": self.N,
             "P": self.P,
-            "TILES": triton.cdiv(self.P, self.columns),
+            "TILES": _parts(self.P, self.columns),
             "Q": self.tilings.chunk_tokens,
             "P_TILE": self.columns,
             "num_stages": tiling.stages,
@@ -106,7 +107,7 @@ def forward(
     states_BCHNP, final_BHNP = _sweep(values_BTHP, write_BTGN, steps_BTH, sums_BTH, state_BHNP, shapes, reverse=False)
     y_BTHP = values_BTHP.new_empty(values_BTHP.shape)
     tiling = shapes.tilings.outputs
-    outputs_kernel[(triton.cdiv(shapes.tiles, tiling.tile), shapes.chunks, shapes.B * shapes.G)](
+    outputs_kernel[(_parts(shapes.tiles, tiling.tile), shapes.chunks, shapes.B * shapes.G)](
         values_BTHP, write_BTGN, read_BTGN, steps_BTH, sums_BTH, states_BCHNP, y_BTHP, shapes.T,
         *values_BTHP.stride()[:2], *write_BTGN.stride()[:2], *read_BTGN.stride()[:2],
         **shapes.constants(tiling), N_PADDED=_padded(shapes.N), V_PROGRAM=min(tiling.tile, shapes.tiles),
@@ -125,11 +126,11 @@ def backward(
     steps_BTH, sums_BTH = steps_BTH.contiguous(), _sums(decays_BTH, shapes, LOG2_E)
     d_states_BCHNP, d_state_BHNP = _sweep(d_y_BTHP, read_BTGN, steps_BTH, sums_BTH, d_final_BHNP, shapes, reverse=True)
     tiling = shapes.tilings.gradients
-    splits = triton.cdiv(shapes.tiles, tiling.tile)
+    splits = _parts(shapes.tiles, tiling.tile)
     d_values_BTHP = values_BTHP.new_empty(values_BTHP.shape)
-    maps = {"size": (splits, *write_BTGN.shape), "dtype": write_BTGN.dtype if splits == 1 else torch.float32}
-    d_write_SBTGN, d_read_SBTGN = write_BTGN.new_empty(**maps), read_BTGN.new_empty(**maps)
-    d_steps_BTHK = steps_BTH.new_empty(*steps_BTH.shape, triton.cdiv(shapes.P, shapes.columns))
+    dtype = write_BTGN.dtype if splits == 1 else torch.float32
+    d_write_SBTGN, d_read_SBTGN = (x.new_empty(splits, *x.shape, dtype=dtype) for x in (write_BTGN, read_BTGN))
+    d_steps_BTHK = steps_BTH.new_empty(*steps_BTH.shape, _parts(shapes.P, shapes.columns))
     d_sums_BTHK = torch.empty_like(d_steps_BTHK)
     gradients_kernel[(splits, shapes.chunks, shapes.B * shapes.G)](
         d_y_BTHP, values_BTHP, write_BTGN, read_BTGN, steps_BTH, sums_BTH, states_BCHNP, d_states_BCHNP,
@@ -161,7 +162,7 @@ def _sweep(
     states_BCHNP = x_BTHP.new_empty(s.B, s.chunks, s.H, s.N, s.P)
     last_BHNP = steps_BTH.new_empty(s.B, s.H, s.N, s.P)
     numbers = min(tiling.tile, _padded(s.N))
-    sweep_kernel[(s.G * s.tiles, s.B, triton.cdiv(s.N, numbers))](
+    sweep_kernel[(s.G * s.tiles, s.B, _parts(s.N, numbers))](
         x_BTHP, maps_BTGN, steps_BTH, sums_BTH, None if first_BHNP is None else first_BHNP.contiguous(),
         states_BCHNP, last_BHNP, s.T, *x_BTHP.stride()[:2], *maps_BTGN.stride()[:2],
         REVERSE=reverse, HAS_FIRST=first_BHNP is not None, N_TILE=numbers, **s.constants(tiling),
@@ -180,9 +181,13 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if is_dense else x.contiguous()
 
 
+def _parts(size: int, largest: int) -> int:
+    return -(-size // largest)
+
+
 def _padded(size: int) -> int:
     """What a tile of so many rows or columns must be, to be multiplied."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def choose_tilings(values_BTHP: Tensor, write_BTGN: Tensor) -> Tilings:

@@ -74,8 +74,10 @@ def _(
     states_BCHNP: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, _, H, N, P = states_BCHNP.shape
-    gradients = (x.new_empty(x.shape) for x in (values_BTHP, steps_BTH, decays_BTH, write_BTGN, read_BTGN))
-    return *gradients, steps_BTH.new_empty(B, H, N, P)
+    d_values, d_steps, d_decays, d_write, d_read = (
+        x.new_empty(x.shape) for x in (values_BTHP, steps_BTH, decays_BTH, write_BTGN, read_BTGN)
+    )
+    return d_values, d_steps, d_decays, d_write, d_read, steps_BTH.new_empty(B, H, N, P)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -88,7 +88,7 @@ def sweep_kernel(
         t_Q = c * Q + tl.arange(0, Q)
         steps_Q, sums_Q, total = _sums_of(steps_TH, sums_TH, t_Q, tl.minimum(c * Q + Q, T) - 1, T, H)
         weights_Q = tl.exp2(sums_Q) if REVERSE else tl.exp2(total - sums_Q) * steps_Q
-        start = c.to(tl.int64) * Q
+        start = tl.cast(c, tl.int64) * Q
         q_Q = tl.arange(0, Q)
         x_QP = _load(x_TP + start * stride_xt, q_Q, t_Q < T, stride_xt, p_P, P)
         at_NQ = maps_TN + start * stride_mt + n_N[:, None] + q_Q[None, :] * stride_mt
