@@ -317,6 +317,11 @@ class Compile(enum.StrEnum):
     GRAPH = "Graph"
 
 
+class Recompute(enum.StrEnum):
+    MIXERS = "Mixers"
+    BLOCKS = "Blocks"
+
+
 class GatingStrategy(enum.StrEnum):
     OFF = "Disabled"  # YAML 1.1 reads a bare Off as false
     GRADIENT_NORM = "GradientNorm"
@@ -707,6 +712,10 @@ class TrainingSpec(Spec):
     """Default: torch.compile of every block. Graph: the same, and on CUDA every kind of step is recorded once as a CUDA
     graph and then replayed, but for steps of gating.granularity Sequence; for models whose kernels are shorter than
     their launches, up to a few hundred million parameters. Disabled: eager."""
+    recompute: Recompute = Recompute.MIXERS
+    """What the backward pass computes again in place of holding it. Mixers: what lies between the two projections of
+    Resonate's mixers, which costs little. Blocks: every block from its input, for a fraction of the memory and about
+    a third more work. It concerns steps in which all tokens carry gradient; others have gating.rowActivations."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Fixes initialisation, data order and gating; the same seed on the same machines gives the same losses."""
     gating: GatingSpec = GatingSpec()
