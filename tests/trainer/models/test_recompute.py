@@ -16,6 +16,10 @@ from pylon_trainer.step import Batch
 MODELS: dict[str, dict[str, Any]] = {
     "Transformer": {},
     "Resonate": {"architecture": "Resonate", "resonate": {"attentionEvery": 3, "headWidth": 16, "stateSize": 8}},
+    "adapted, with a codebook that blocks share": {
+        "architecture": "Resonate",
+        "resonate": {"headWidth": 16, "stateSize": 8, "adaptation": {"rank": 2, "growEverySteps": 0, "codebook": {}}},
+    },
 }
 TOKENS = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(0))
 BATCH = Batch(TOKENS[:, :-1].contiguous(), TOKENS[:, 1:].contiguous())
