@@ -78,20 +78,24 @@ def measure(sequences: int, tokens: int, copy: float) -> dict[str, Any]:
     for name, run in (("kernels", scan), ("torch", in_torch), ("fla", fla_scan())):
         row[f"{name}_forward_ms"], row[f"{name}_backward_ms"] = times_ms(run, leaves) if run else (None, None)
     values_bytes = leaves[0].numel() * leaves[0].itemsize
-    for name, passes in (("forward", 5), ("backward", 9)):  # kernels/scan says so
+    for name, passes in (("forward", 5), ("backward", 11)):  # kernels/scan says so
         row[f"{name}_copy_share"] = passes * values_bytes / copy / (row[f"kernels_{name}_ms"] / 1e3)
     return row
 
 
 def candidates() -> Iterator[dict[str, Any]]:
-    """Ways to cut up the three kernels; those of one item are measured side by side."""
-    sweeps = [*itertools.product((2, 3, 4), (4, 8), (16, 32, 64))]
-    outputs = [*itertools.product((1, 2, 3), (4, 8), (4, 8, 24))]
-    gradients = [*itertools.product((1, 2, 3), (4, 8, 16), (6, 24))]
-    for chunk_tokens in (64, 128):
-        for sweep, output, gradient in itertools.zip_longest(sweeps, outputs, gradients):
-            kinds = {"sweep": sweep, "outputs": output, "gradients": gradient}
-            yield {"chunk_tokens": chunk_tokens, "columns": 64} | {k: v for k, v in kinds.items() if v is not None}
+    """Ways to cut up the kernels; those of one item are measured side by side."""
+    tried = {
+        "sweep": itertools.product((2, 3, 4), (4, 8), (32, 64)),
+        "outputs": itertools.product((2, 3, 4), (4, 8), (8, 24)),
+        "gradients": itertools.product((1, 2, 3), (4, 8), (6, 12, 24)),
+        "maps": itertools.product((2, 3, 4), (4, 8), (32, 64)),
+    }
+    lists = [list(tilings) for tilings in tried.values()]
+    for chunk_tokens in (64,):
+        for number in range(max(map(len, lists))):
+            tilings = {name: tilings[number % len(tilings)] for name, tilings in zip(tried, lists, strict=True)}
+            yield {"chunk_tokens": chunk_tokens, "columns": 64} | tilings
 
 
 def kernel_times_ms(kind: dict[str, Any], sequences: int, tokens: int, repeats: int) -> dict[str, float]:
@@ -101,7 +105,7 @@ def kernel_times_ms(kind: dict[str, Any], sequences: int, tokens: int, repeats: 
     from pylon_trainer.kernels.scan import launch
 
     values, steps, poles, write, read = (leaf.detach() for leaf in leaves_of(sequences, tokens))
-    tilings = {name: launch.Tiling(*kind[name]) for name in ("sweep", "outputs", "gradients")}
+    tilings = {name: launch.Tiling(*kind[name]) for name in ("sweep", "outputs", "gradients", "maps")}
     launch.choose_tilings = lambda *_: launch.Tilings(kind["chunk_tokens"], kind["columns"], **tilings)
     decays = steps * poles
     states = values.new_empty(sequences, -(-tokens // kind["chunk_tokens"]), HEADS, SIZE, WIDTH)
@@ -119,7 +123,7 @@ def kernel_times_ms(kind: dict[str, Any], sequences: int, tokens: int, repeats: 
     return {
         event.key.removesuffix("_kernel"): event.device_time_total / event.count / 1e3
         for event in profiler.key_averages()
-        if event.key.removesuffix("_kernel") in {*tilings, "sums"}
+        if event.key.removesuffix("_kernel") in tilings
     }
 
 
@@ -127,14 +131,14 @@ def tune() -> None:
     kinds = list(candidates())
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as compiling:
         list(compiling.map(partial(kernel_times_ms, sequences=2, tokens=256, repeats=1), kinds))
-    found: dict[tuple[str, int], list[tuple[float, Any]]] = {}
+    found: dict[tuple[str, int], dict[Any, float]] = {}
     for kind in kinds:
         kernel_times_ms(kind, *TUNED, repeats=2)
         for name, time_ms in kernel_times_ms(kind, *TUNED, repeats=5).items():
-            found.setdefault((name, kind["chunk_tokens"]), []).append((time_ms, kind.get(name)))
+            found.setdefault((name, kind["chunk_tokens"]), {})[kind[name]] = time_ms
     for (name, chunk_tokens), entries in sorted(found.items()):
         print(f"{name}, chunks of {chunk_tokens}: (stages, warps, tile) and milliseconds")
-        for time_ms, tiling in sorted(entries, key=lambda entry: entry[0])[:8]:
+        for tiling, time_ms in sorted(entries.items(), key=lambda entry: entry[1])[:8]:
             print(f"  {tiling} {time_ms:.3f}")
 
 

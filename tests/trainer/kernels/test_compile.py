@@ -135,7 +135,7 @@ def test_attention_of_rows_multiplies_on_tensor_cores_fed_in_the_background(kern
     assert ptx.count("cp.async.cg.shared.global") >= 4
 
 
-@pytest.mark.parametrize("kernel", ["sweep", "outputs", "gradients"])
+@pytest.mark.parametrize("kernel", ["sweep", "outputs", "gradients", "maps"])
 def test_scan_multiplies_on_tensor_cores_fed_in_the_background(kernel: str) -> None:
     from pylon_trainer.kernels.scan import launch
 
@@ -146,7 +146,7 @@ def test_scan_multiplies_on_tensor_cores_fed_in_the_background(kernel: str) -> N
     own |= {"HAS_FIRST": False, "first_BHNP": None}
     constants = shapes | {name: value for name, value in own.items() if name in function.arg_names}
     floats = {name: "*fp32" for name in function.arg_names if name.endswith(("BTH", "BHNP", "BTHK"))}
-    matrices = {name: "*bf16" for name in function.arg_names if name.endswith(("BTHP", "BTGN", "BCHNP"))}
+    matrices = {name: "*bf16" for name in function.arg_names if name.endswith(("BTHP", "BTGN", "BCHNP", "QQ"))}
     strides = {name: 1664 for name in function.arg_names if name.startswith("stride")}
     types = {name: kind for name, kind in (floats | matrices).items() if name not in constants}
     ptx = compile_for_hopper(function, types, constants | strides, warps=tiling.warps, stages=tiling.stages)

@@ -72,7 +72,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and tiles that even a few tokens, heads and columns overflow."""
     launch = pytest.importorskip("pylon_trainer.kernels.scan.launch")
     tiling = launch.Tiling(stages=1, warps=4, tile=3)
-    tilings = launch.Tilings(16, 16, sweep=replace(tiling, tile=16), outputs=tiling, gradients=tiling)
+    of_numbers = replace(tiling, tile=16)
+    tilings = launch.Tilings(16, 16, sweep=of_numbers, outputs=tiling, gradients=tiling, maps=of_numbers)
     monkeypatch.setattr(launch, "choose_tilings", lambda *_: tilings)
 
 

@@ -1,10 +1,10 @@
 """The state-space dual (models/resonate/scan.py, whose `chunked_scan` is the reference) as Triton kernels, with
 gradients.
 
-Per token and head it reads and writes, in the type of the values, 5 P numbers forward and 9 P backward when states have
-as many numbers as chunks have tokens. For the gradient it holds its inputs and the states that enter chunks, as many
-numbers as the values then; nothing that grows with the length of a chunk ever leaves a multiprocessor. `write` and
-`read` are never repeated for the heads that share them. It runs on CUDA only, and the host never waits for it.
+Per token and head it reads and writes, in the type of the values, 5 P numbers forward and 11 P backward when states
+have as many numbers as chunks have tokens. For the gradient it holds its inputs and the states that enter chunks, as
+many numbers as the values then; no head's scores ever leave a multiprocessor. `write` and `read` are never repeated for
+the heads that share them. It runs on CUDA only, and the host never waits for it.
 
 Shapes: as in models/resonate/scan.py.
 """

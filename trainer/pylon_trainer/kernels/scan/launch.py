@@ -11,7 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from pylon_trainer.kernels.scan.triton import gradients_kernel, outputs_kernel, sums_kernel, sweep_kernel
+from pylon_trainer.kernels.scan.triton import (
+    gradients_kernel,
+    maps_kernel,
+    outputs_kernel,
+    sums_kernel,
+    sweep_kernel,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -23,8 +29,8 @@ class Tiling:
     stages: int
     warps: int
     tile: int
-    """Of the sweep: numbers of a state's N that one program keeps, at most. Of the others: tiles of a group's heads
-    that one program takes, at most."""
+    """Of sweep and maps: numbers of a state's N that one program keeps, at most. Of the others: tiles of a group's
+    heads that one program takes, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +43,19 @@ class Tilings:
     sweep: Tiling
     outputs: Tiling
     gradients: Tiling
+    maps: Tiling
 
 
 TENSOR_CORES = {
-    64: Tilings(64, 64, sweep=Tiling(3, 4, 64), outputs=Tiling(2, 4, 8), gradients=Tiling(2, 8, 24)),
-    128: Tilings(64, 64, sweep=Tiling(3, 4, 64), outputs=Tiling(2, 4, 8), gradients=Tiling(1, 8, 24)),
-    256: Tilings(64, 64, sweep=Tiling(3, 4, 64), outputs=Tiling(1, 8, 8), gradients=Tiling(1, 8, 24)),
+    64: Tilings(64, 64, Tiling(3, 4, 64), Tiling(3, 4, 24), Tiling(2, 8, 24), Tiling(3, 4, 64)),
+    128: Tilings(64, 64, Tiling(3, 4, 64), Tiling(2, 4, 24), Tiling(1, 8, 24), Tiling(3, 4, 128)),
+    256: Tilings(64, 64, Tiling(3, 4, 64), Tiling(1, 4, 8), Tiling(1, 8, 24), Tiling(2, 4, 128)),
 }
 """By the largest state that they serve, for 16-bit elements and multiprocessors with LARGE_MEMORY_BYTES."""
 LARGE_MEMORY_BYTES = 200 * 1024
-SMALL_MEMORY = Tilings(32, 32, sweep=Tiling(2, 4, 64), outputs=Tiling(1, 4, 8), gradients=Tiling(1, 8, 8))
+SMALL_MEMORY = Tilings(32, 32, Tiling(2, 4, 64), Tiling(1, 4, 8), Tiling(1, 4, 8), Tiling(1, 4, 64))
 """For 16-bit elements where shared memory is scarcer."""
-FULL_PRECISION = Tilings(32, 32, sweep=Tiling(1, 4, 32), outputs=Tiling(1, 8, 8), gradients=Tiling(1, 8, 8))
+FULL_PRECISION = Tilings(32, 32, Tiling(1, 4, 32), Tiling(1, 8, 8), Tiling(1, 8, 8), Tiling(1, 4, 32))
 """float32: every product is three, which leaves few registers. Slow, and exact to about 1e-6."""
 
 
@@ -126,21 +133,25 @@ def backward(
     steps_BTH, sums_BTH = steps_BTH.contiguous(), _sums(decays_BTH, shapes, LOG2_E)
     d_states_BCHNP, d_state_BHNP = _sweep(d_y_BTHP, read_BTGN, steps_BTH, sums_BTH, d_final_BHNP, shapes, reverse=True)
     tiling = shapes.tilings.gradients
-    splits = _parts(shapes.tiles, tiling.tile)
+    splits, Q = _parts(shapes.tiles, tiling.tile), shapes.tilings.chunk_tokens
     d_values_BTHP = values_BTHP.new_empty(values_BTHP.shape)
-    dtype = write_BTGN.dtype if splits == 1 else torch.float32
-    d_write_SBTGN, d_read_SBTGN = (x.new_empty(splits, *x.shape, dtype=dtype) for x in (write_BTGN, read_BTGN))
     d_steps_BTHK = steps_BTH.new_empty(*steps_BTH.shape, _parts(shapes.P, shapes.columns))
     d_sums_BTHK = torch.empty_like(d_steps_BTHK)
+    d_scores_SBCGQQ = values_BTHP.new_empty(splits, shapes.B, shapes.chunks, shapes.G, Q, Q)
     gradients_kernel[(splits, shapes.chunks, shapes.B * shapes.G)](
         d_y_BTHP, values_BTHP, write_BTGN, read_BTGN, steps_BTH, sums_BTH, states_BCHNP, d_states_BCHNP,
-        d_values_BTHP, d_write_SBTGN, d_read_SBTGN, d_steps_BTHK, d_sums_BTHK, shapes.T, shapes.B,
+        d_values_BTHP, d_steps_BTHK, d_sums_BTHK, d_scores_SBCGQQ, shapes.T, shapes.B,
         *d_y_BTHP.stride()[:2], *values_BTHP.stride()[:2], *write_BTGN.stride()[:2], *read_BTGN.stride()[:2],
         **shapes.constants(tiling), N_PADDED=_padded(shapes.N), V_PROGRAM=min(tiling.tile, shapes.tiles),
     )  # fmt: skip
-    d_decays_BTH = _sums(_joined(d_sums_BTHK, -1), shapes, 1.0, reverse=True)
-    d_write_BTGN, d_read_BTGN = (_joined(x, 0).to(write_BTGN.dtype) for x in (d_write_SBTGN, d_read_SBTGN))
-    return d_values_BTHP, _joined(d_steps_BTHK, -1), d_decays_BTH, d_write_BTGN, d_read_BTGN, d_state_BHNP
+    d_write_BTGN = _d_maps(
+        values_BTHP, d_states_BCHNP, steps_BTH, sums_BTH, d_scores_SBCGQQ, read_BTGN, shapes, reverse=False
+    )
+    d_read_BTGN = _d_maps(
+        d_y_BTHP, states_BCHNP, steps_BTH, sums_BTH, d_scores_SBCGQQ, write_BTGN, shapes, reverse=True
+    )
+    d_decays_BTH = _sums(_over_tiles(d_sums_BTHK), shapes, 1.0, reverse=True)
+    return d_values_BTHP, _over_tiles(d_steps_BTHK), d_decays_BTH, d_write_BTGN, d_read_BTGN, d_state_BHNP
 
 
 def _sums(x_BTH: Tensor, shapes: _Shapes, factor: float, *, reverse: bool = False) -> Tensor:
@@ -170,9 +181,25 @@ def _sweep(
     return states_BCHNP, last_BHNP
 
 
-def _joined(x: Tensor, dim: int) -> Tensor:
-    """The sum over a dim, which mostly has one entry."""
-    return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim)
+def _d_maps(
+    x_BTHP: Tensor, states_BCHNP: Tensor, steps_BTH: Tensor, sums_BTH: Tensor, d_scores_SBCGQQ: Tensor,
+    others_BTGN: Tensor, shapes: _Shapes, *, reverse: bool,
+) -> Tensor:  # fmt: skip
+    """As maps_kernel has it."""
+    s, tiling = shapes, shapes.tilings.maps
+    numbers = min(tiling.tile, _padded(s.N))
+    d_maps_BTGN = others_BTGN.new_empty(others_BTGN.shape)
+    maps_kernel[(_parts(s.N, numbers), s.chunks, s.B * s.G)](
+        x_BTHP, states_BCHNP, steps_BTH, sums_BTH, d_scores_SBCGQQ, others_BTGN, d_maps_BTGN, s.T, s.B,
+        d_scores_SBCGQQ.shape[0], *x_BTHP.stride()[:2], *others_BTGN.stride()[:2],
+        REVERSE=reverse, N_TILE=numbers, **s.constants(tiling),
+    )  # fmt: skip
+    return d_maps_BTGN
+
+
+def _over_tiles(x_BTHK: Tensor) -> Tensor:
+    """The sum over the tiles of a head, which mostly has one."""
+    return x_BTHK.squeeze(-1) if x_BTHK.shape[-1] == 1 else x_BTHK.sum(-1)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
