@@ -160,7 +160,8 @@ class ResonateSpec(Spec):
     groups: int = Field(default=1, ge=1, le=256)
     """Sets of input and output maps of the state; the heads must be divisible by it."""
     chunk_tokens: int = Field(default=64, ge=1, le=1024)
-    """Tokens that the scan takes at a time as one product of matrices. It changes speed and memory, not results."""
+    """Tokens that a scan or a long convolution in PyTorch takes at a time as one product of matrices. It changes speed
+    and memory, not results; the scan's Triton kernels choose for themselves."""
     attention_every: int = Field(default=0, ge=0, le=1024)
     """Every so many blocks one attends instead of scanning: 8 makes blocks 8, 16, ... attention, which restores exact
     recall at a cost that grows with the sequence. 0 has none."""
@@ -174,8 +175,8 @@ class ResonateSpec(Spec):
     """Binlop only: the least slope that it may learn. Near 1 it is almost the identity; a small one may bend as sharply
     as a ReLU does on one side, and lets gradients vanish."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
-    """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
-    compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
+    """Auto: Triton kernels on CUDA, else PyTorch. PyTorch: the scan in PyTorch's own operations, to compare with; with
+    compile they are fused, and on CUDA slower than the kernels."""
     adaptation: AdaptationSpec | None = None
     """Large linear layers with few learnt ranks beside weights that do not learn. Unset: all weights learn."""
 
@@ -485,6 +486,11 @@ class Compile(enum.StrEnum):
     OFF = "Disabled"  # YAML 1.1 reads a bare Off as false
     DEFAULT = "Default"
     GRAPH = "Graph"
+
+
+class Recompute(enum.StrEnum):
+    MIXERS = "Mixers"
+    BLOCKS = "Blocks"
 
 
 class GatingStrategy(enum.StrEnum):
@@ -877,6 +883,10 @@ class TrainingSpec(Spec):
     """Default: torch.compile of every block. Graph: the same, and on CUDA every kind of step is recorded once as a CUDA
     graph and then replayed, but for steps of gating.granularity Sequence; for models whose kernels are shorter than
     their launches, up to a few hundred million parameters. Disabled: eager."""
+    recompute: Recompute = Recompute.MIXERS
+    """What the backward pass computes again in place of holding it. Mixers: what lies between the two projections of
+    Resonate's mixers, which costs little. Blocks: every block from its input, for a fraction of the memory and about
+    a third more work. It concerns steps in which all tokens carry gradient; others have gating.rowActivations."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Fixes initialisation, data order and gating; the same seed on the same machines gives the same losses."""
     gating: GatingSpec = GatingSpec()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from pylon_api.training import Compile, GatingGranularity, GatingSelection, GatingStrategy, Precision, TrainingSpec
+from pylon_api.training import (
+    Compile,
+    GatingGranularity,
+    GatingSelection,
+    GatingStrategy,
+    Precision,
+    Recompute,
+    TrainingSpec,
+)
 from pylon_trainer.gating.replay import Replay, run_at_once
 from pylon_trainer.gating.sequence import SequenceStep
 from pylon_trainer.gating.step import GatedStep, PlainStep
@@ -17,11 +25,13 @@ __all__ = ["build_plain_step", "build_step"]
 def build_step(model: Decoder, training: TrainingSpec, device: torch.device) -> TrainingStep:
     """The step that `training` asks for, around a model that is already on `device`.
 
-    Autocast and compilation of the blocks are the step's own business; the caller need not wrap anything.
+    Autocast, compilation of the blocks and what they compute again are the step's own business; the caller need not
+    wrap anything.
     """
     if training.compile is not Compile.OFF:
         for block in model.blocks:
             block.compile()
+    model.recomputes_blocks = training.recompute is Recompute.BLOCKS
     precision = _precision(training)
     gating = training.gating
     # Top rows of random scores come from a generator on the device, whose seed a recording would keep.
