@@ -20,9 +20,16 @@ from pylon_trainer.errors import ConfigError
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.seeds import load_rng_state, reseed, rng_state
 
+LOCAL = "local"
+"""Key of the weights and optimizer state that a rank has for itself, where ranks take local steps."""
+
 
 def replicated(run: Run) -> dict[str, Any]:
-    """What every rank has alike. Its tensors are the run's own but for those of the gate. Collective."""
+    """What every rank has alike. Its tensors are the run's own but for those of the gate. Collective.
+
+    With local steps the weights are the shared ones, and a tensor of the optimizer is that of the rank which writes it:
+    a run of another size, or without local steps, goes on from them.
+    """
     return {
         **_live(run),
         "gate": run.training_step.state_dict(),
@@ -37,6 +44,7 @@ def own(run: Run) -> dict[str, Any]:
         "data": run.data.state_dict(),
         "rng": rng_state(run.world.device),
         "exchange": run.exchange.state_dict(),
+        **({LOCAL: _trained(run)} if run.exchange.replicas else {}),
     }
 
 
@@ -77,6 +85,8 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
     if is_same_size:
         load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)
         run.exchange.load_state_dict(exchanges[run.world.rank])
+        if run.exchange.replicas and LOCAL in owns[run.world.rank]:
+            _write(_trained(run), owns[run.world.rank][LOCAL])
     else:
         reseed(run.config.training.seed, run.world.rank, run.step)
         run.exchange.load_state_dict(divide_up(exchanges, run.world.size))
@@ -87,7 +97,21 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
 
 
 def _live(run: Run) -> dict[str, Any]:
+    trained, replicas = _trained(run), run.exchange.replicas
+    return {**trained, "model": {name: replicas.get(name, tensor) for name, tensor in trained["model"].items()}}
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """Weights and optimizer state of this rank."""
     return {"model": _tensors(run.model), "optimizer": run.optimizer.state_dict()}
+
+
+@torch.no_grad()
+def _write(targets: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Values of tensors into those of the same names; what else there is stays."""
+    read = separate(values)[1]
+    for key, tensor in separate(targets)[1].items():
+        tensor.copy_(read[key])
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
