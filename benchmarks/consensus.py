@@ -15,8 +15,8 @@ Bytes are all that a rank of the trainer moves in a step: gradients or weights, 
 stops, hashes. `counted_by_transport` is their sum over a run as handed to torch.distributed, `counted_bytes` the
 trainer's own count. `below_bf16_ddp` is how many times fewer the mean is than a ring all-reduce of gradients in
 bfloat16. `communication_fraction` is the time of a step's collectives alone, repeated without anything between them, of
-a step's. Projections to more ranks (consensus_projection.json) are arithmetic, not measurements: alpha for each hop of a
-ring and beta for each byte, both fitted to collectives of this machine or given.
+a step's. Projections to more ranks (consensus_projection.json) are arithmetic, not measurements: alpha for each hop of
+a ring and beta for each byte, both fitted to collectives of this machine or given.
 """
 
 from __future__ import annotations
