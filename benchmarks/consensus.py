@@ -131,23 +131,23 @@ def read_recipe(text: str) -> Recipe:
 
 @dataclass(frozen=True)
 class RecordingWorld(World):
-    """Notes what collectives of a step are called with, so that they can be repeated alone."""
+    """Notes what collectives of a step are called with, so that they can be repeated alone, whatever is there by then."""
 
     calls: list[Callable[[], object]] = field(default_factory=list)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """See World."""
-        self.calls.append(partial(World.all_gather, self, torch.zeros_like(tensor)))
+        self.calls.append(partial(World.all_gather, self, tensor))
         return super().all_gather(tensor)
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """See World."""
-        self.calls.append(partial(World.all_to_all, self, torch.zeros_like(tensor)))
+        self.calls.append(partial(World.all_to_all, self, tensor))
         return super().all_to_all(tensor)
 
     def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if tensor.device == self.device:  # what the host says over gloo goes on beside the device's work
-            self.calls.append(partial(World._reduce, self, torch.zeros_like(tensor), operation))
+            self.calls.append(partial(World._reduce, self, tensor, operation))
         super()._reduce(tensor, operation)
 
 
@@ -240,14 +240,14 @@ def take_part(rank: int, ranks: int, port: int, task: Task) -> None:
     alpha_s = alpha_s if task.alpha_us is None else task.alpha_us / 1e6
     beta_s = beta_s if task.gigabytes_per_s is None else 1 / (task.gigabytes_per_s * 1e9)
     rows: list[dict[str, Any]] = []
-    longest_s = 0.0
+    last_s = 0.0
     for seed, text in ((seed, text) for seed in task.seeds for text in task.recipes):
         run_begins_s = time.monotonic()
-        is_too_late = task.minutes is not None and run_begins_s - begin_s + longest_s > 60 * task.minutes
+        is_too_late = task.minutes is not None and run_begins_s - begin_s + last_s > 60 * task.minutes
         if any(world.gather(is_too_late)):
             break
         row = laboratory.run(read_recipe(text), seed)
-        longest_s = max(longest_s, time.monotonic() - run_begins_s)
+        last_s = time.monotonic() - run_begins_s
         exact_losses = [other["loss"] for other in (*rows, row) if other["seed"] == seed and other["is_exact"]]
         row |= {"exact_loss": min(exact_losses), "above_exact": row["loss"] / min(exact_losses) - 1}
         rows.append(row)
