@@ -131,7 +131,7 @@ def read_recipe(text: str) -> Recipe:
 
 @dataclass(frozen=True)
 class RecordingWorld(World):
-    """Notes what collectives of a step are called with, so that they can be repeated alone, whatever is there by then."""
+    """Notes what collectives of a step are called with, so that they can be repeated alone."""
 
     calls: list[Callable[[], object]] = field(default_factory=list)
 
