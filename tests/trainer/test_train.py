@@ -235,7 +235,7 @@ def test_a_run_with_local_steps_goes_on_from_the_shared_weights_with_another_num
     exit_code, pod = run_pod(tmp_path, make_config(attempt=2, processes=processes, **fields))
     assert exit_code == 0, pod.log
     assert min(pod.values("loss")) == 8
-    assert float(pod.values("loss")[8]) == pytest.approx(float(first.values("loss")[7]), abs=0.3)
+    assert float(pod.values("loss")[8]) < float(first.values("loss")[1]) - 0.5, "it has not begun anew"
     assert (pod.final.step, pod.final.healed_replicas, pod.final.skipped_steps) == (12, 0, 0)
 
 
