@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="optimizer steps of a run")
     parser.add_argument("--sequences", type=int, help="of a step, over all ranks")
+    parser.add_argument("--held-out", type=int, help="sequences that the loss is told on; all, when left out")
     parser.add_argument("--bytes-per-step", type=int, help="budget of the codecs that have a size")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument(
@@ -100,6 +101,7 @@ def main() -> None:
     changes = {
         "steps": given.steps,
         "sequences": given.sequences,
+        "held_out": given.held_out,
         "bytes_per_step": given.bytes_per_step,
         "learning_rate": given.learning_rate,
     }
@@ -137,7 +139,7 @@ def take_part(rank: int, ranks: int, port: int, task: Task) -> None:
     if is_on_gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     backend = "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo"
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # of no use to two GPUs, and not allowed everywhere
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)

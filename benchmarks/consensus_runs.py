@@ -33,7 +33,7 @@ from pylon_trainer.consensus.compressed import CompressedExchange
 from pylon_trainer.consensus.local_steps import LocalSteps
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import build_model
-from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.step import Batch, TrainingStep
 
@@ -106,7 +106,7 @@ class Laboratory:
         scale, world = self._scale, self._world
         training = self._training(recipe)
         self._restart(seed)
-        optimizer = AdamW(self._parameters, training.optimizer)
+        optimizer = Optimizer(self._parameters, training.optimizer)
         exchange = build_exchange(world, training, self._parameters)
         replicas = exchange.replicas or {**self._parameters, **optimizer.tensors}
         agreement = Agreement(world, replicas, Disagreement.STOP)
