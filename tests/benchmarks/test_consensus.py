@@ -8,6 +8,8 @@ from pathlib import Path
 import consensus
 import numpy as np
 import pytest
+from consensus_table import BEGIN, END, PAGE, build_tables
+from measure import RESULTS, read_rows
 
 LOCAL = "Int4,localSteps=8,outerRate=1,outerMomentum=0.5"
 
@@ -35,3 +37,8 @@ def test_codecs_are_compared_with_the_exact_sum_of_their_seed(tmp_path: Path, mo
     assert all(row["projection"] for row in projected)
     exact = next(row for row in projected if row["codec"] == "Exact" and row["ranks"] == 8)
     assert exact["bytes_per_step"] == pytest.approx(rows["Exact"]["bytes_per_step_mean"] * 2 * 7 / 8, rel=1e-3)
+
+
+def test_the_page_holds_the_tables_of_what_was_measured() -> None:
+    rows, projected = read_rows("consensus", RESULTS), read_rows("consensus_projection", RESULTS)
+    assert BEGIN + build_tables(rows, projected) + END in PAGE.read_text(), "run benchmarks/consensus_table.py --write"
