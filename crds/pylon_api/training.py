@@ -724,6 +724,16 @@ class ConsensusSpec(Spec):
     every_steps: int = Field(default=1, ge=1, le=1024)
     """Steps in which every value of matrices gets one turn to be exchanged, a different part in each step; 1 exchanges
     all in every step. Int8, Int4 and Dct; to fit bytesPerStep, Auto and Dct may take more."""
+    local_steps: int = Field(default=1, ge=1, le=1024)
+    """Optimizer steps that every rank takes alone between two exchanges of a weight. Ranks then exchange how far their
+    weights went from those they last agreed on, a different part of the model after each step, so that a step takes
+    about a localSteps-th of the bytes. Auto then takes the most exact codec that fits bytesPerStep. 1: gradients are
+    exchanged instead, before each update. A single rank exchanges nothing either way."""
+    outer_rate: float = Field(default=0.7, gt=0, le=10)
+    """localSteps above 1 only: how far the shared weights go towards the mean of all ranks' weights, 1 being all the
+    way."""
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off."""
     error_feedback: bool = True
     """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
     gone."""
@@ -743,6 +753,14 @@ class ConsensusSpec(Spec):
                 "self.everySteps == 1 || self.codec in ['Auto', 'Int8', 'Int4', 'Dct']",
                 "everySteps needs codec Auto, Int8, Int4 or Dct",
             ),
+            rule(
+                "self.localSteps == 1 || !(self.codec in ['Sketch', 'SparseRows'])",
+                "localSteps needs codec Auto, Exact, Int8, Int4 or Dct",
+            ),
+            rule(
+                "self.localSteps == 1 || self.everySteps == 1",
+                "localSteps exchanges a different part of the model after each step already: leave everySteps at 1",
+            ),
         )
     )
 
@@ -753,6 +771,18 @@ class ConsensusSpec(Spec):
         turns = (ConsensusCodec.AUTO, ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.DCT)
         if self.every_steps > 1 and self.codec not in turns:
             raise ValueError(f"everySteps needs codec Auto, Int8, Int4 or Dct, not {self.codec}")
+        return self
+
+    @model_validator(mode="after")
+    def _local_steps_fit(self) -> Self:
+        if self.local_steps > 1:
+            if self.codec in (ConsensusCodec.SKETCH, ConsensusCodec.SPARSE_ROWS):
+                raise ValueError(f"localSteps needs codec Auto, Exact, Int8, Int4 or Dct, not {self.codec}")
+            if self.every_steps > 1:
+                raise ValueError(
+                    f"localSteps {self.local_steps} exchanges a different part of the model after each step already: "
+                    f"leave everySteps at 1"
+                )
         return self
 
 
@@ -864,6 +894,11 @@ class ExportSpec(Spec):
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
 
+_ONE_SLOW_COPY = (
+    "optimizer.lookahead needs consensus.localSteps 1: the shared weights of local steps are slow weights already"
+)
+
+
 class TrainingSpec(Spec):
     """The whole recipe of a run. It cannot change while the job exists: make another job for another recipe."""
 
@@ -915,16 +950,27 @@ class TrainingSpec(Spec):
             ),
             rule(
                 "!has(self.optimizer) || self.optimizer.name != 'Sophia' || !has(self.consensus)"
-                " || self.consensus.codec == 'Exact'",
-                "optimizer Sophia needs consensus.codec Exact, by which it sums its looks at the curvature",
+                " || (self.consensus.codec == 'Exact' && self.consensus.localSteps == 1)",
+                "optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature so",
             ),
             rule(
                 "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
                 " || self.model.architecture == 'Transformer'",
                 "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
             ),
+            rule(
+                "!has(self.optimizer) || !has(self.optimizer.lookahead) || !has(self.consensus)"
+                " || self.consensus.localSteps == 1",
+                _ONE_SLOW_COPY,
+            ),
         )
     )
+
+    @model_validator(mode="after")
+    def _one_slow_copy(self) -> Self:
+        if self.optimizer.lookahead is not None and self.consensus.local_steps > 1:
+            raise ValueError(_ONE_SLOW_COPY)
+        return self
 
     @model_validator(mode="after")
     def _export_has_a_place(self) -> Self:
@@ -944,10 +990,11 @@ class TrainingSpec(Spec):
 
     @model_validator(mode="after")
     def _curvature_is_summed_exactly(self) -> Self:
-        if self.optimizer.name is OptimizerName.SOPHIA and self.consensus.codec is not ConsensusCodec.EXACT:
+        codec, local_steps = self.consensus.codec, self.consensus.local_steps
+        if self.optimizer.name is OptimizerName.SOPHIA and (codec is not ConsensusCodec.EXACT or local_steps > 1):
             raise ValueError(
-                f"optimizer Sophia needs consensus.codec Exact, by which it sums its looks at the curvature, "
-                f"not {self.consensus.codec}"
+                f"optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature so, "
+                f"not with {codec} and {local_steps}"
             )
         return self
 

@@ -360,6 +360,18 @@ RULE_CASES = [
     ),
     Case("integers in turns", {CONSENSUS: {"codec": "Int4", "everySteps": 8}}),
     Case("a sketch in turns", {CONSENSUS: {"codec": "Sketch", "everySteps": 8}}, "everySteps needs codec Auto, Int8"),
+    Case("local steps", {CONSENSUS: {"codec": "Int4", "localSteps": 32, "outerRate": 1, "outerMomentum": 0}}),
+    Case(
+        "local steps and slow weights",
+        {f"{TRAINING}.optimizer": {"lookahead": {}}, CONSENSUS: {"localSteps": 8}},
+        "lookahead needs consensus.localSteps 1",
+    ),
+    Case("local steps of a sketch", {CONSENSUS: {"codec": "Sketch", "localSteps": 8}}, "localSteps needs codec Auto"),
+    Case(
+        "local steps in turns",
+        {CONSENSUS: {"codec": "Int4", "localSteps": 8, "everySteps": 2}},
+        "leave everySteps at 1",
+    ),
     Case("whole sequences", {GATING: {"granularity": "Sequence", "selection": "Top", "routerLayers": 2}}),
     Case(
         "whole sequences row by row",

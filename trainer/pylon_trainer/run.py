@@ -1,4 +1,4 @@
-"""The parts of one run and how they take a step together: forward and backward, exchange, clip and update."""
+"""The parts of one run and how they take a step together: forward and backward, exchange, clip and update, exchange."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ class Run:
         before_update()
         self.exchange.exchange(named_gradients(self.parameters))
         gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
+        self.exchange.after_update(is_last=self.step + 1 == self.total_steps)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
@@ -96,6 +97,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
+    exchange = build_exchange(world, training, parameters)
+    replicas = exchange.replicas or {**parameters, **optimizer.tensors}
     return Run(
         config=config,
         world=world,
@@ -104,8 +107,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         training_step=build_step(model, training, world.device),
         parameters=parameters,
         optimizer=optimizer,
-        exchange=build_exchange(world, training, parameters),
-        agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
+        exchange=exchange,
+        agreement=Agreement(world, replicas, training.consensus.on_disagreement),
         curvature=build_curvature(world, training, model, optimizer, parameters),
         upkeep=Upkeep(model, world, training.seed),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
