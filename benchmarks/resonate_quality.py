@@ -43,7 +43,7 @@ RATE_SHARE = 0.25
 RECALL_RATES = (1e-3, 4e-3)
 TASKS = {
     "cuda": Task(Shape({"hidden_size": 128, "heads": 4}, SMALL.layers), 2048, 256, (8, 32, 64), 128, 3000),
-    "cpu": Task(SMALL, 128, 64, (4, 8, 16), 32, 400),
+    "cpu": Task(SMALL, 32, 32, (2, 4, 8), 32, 1500),
 }
 
 
