@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pylon_api.training import Compile, ScheduleSpec
 from pylon_trainer.models import Decoder
-from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.step import IGNORED, Batch
 
@@ -81,7 +81,7 @@ def train(variant: Variant, task: Task, rate: float, seed: int, device: torch.de
     model = variant.build(task.shape, task.vocabulary).to(device)
     step = step_of(model, device, compile, {})
     parameters = dict(model.named_parameters())
-    optimizer = AdamW(parameters, variant.optimizer_spec())
+    optimizer = Optimizer(parameters, variant.strategy.optimizer)
     schedule = ScheduleSpec(steps=task.steps, warmup_steps=task.steps // 10)
     generator = torch.Generator(device).manual_seed(seed)
     begin = Mark(device)

@@ -28,14 +28,13 @@ import torch
 from gate_quality import CORPUS, COSINE
 from measure import RESULTS, device_name, print_table, read_rows, write_results
 from python_corpus import VOCABULARY, read_corpus
-from quality_runs import Laboratory, Outcome, Phase, Scale, Strategy
+from quality_runs import Laboratory, Outcome, Phase, Scale
 from recall import Task, train
 from resonate_table import SHARE, name_of, summarise
 from resonate_variants import CORE, LARGE, SMALL, VARIANTS, Shape, Variant
 
 from pylon_api.training import Compile
 
-PLAIN = Strategy("plain")
 BASELINE = "transformer"
 BUDGETS = ("tokens", "seconds", SHARE)
 RATE_SEED = 1000
@@ -68,9 +67,8 @@ class Study:
 
         def prepare(variant: Variant) -> None:
             build = partial(variant.build, shape, VOCABULARY)
-            optimizer = variant.optimizer_spec()
-            laboratory = Laboratory(scale, corpus, self._device, arguments.compile, build, optimizer)
-            step_s = laboratory.prepare(PLAIN, "python")
+            laboratory = Laboratory(scale, corpus, self._device, arguments.compile, build)
+            step_s = laboratory.prepare(variant.strategy, "python")
             tokens_per_s = scale.sequences * scale.tokens / step_s
             rates[variant.name] = self._best_rate(laboratory, variant)
             laboratories[variant.name] = laboratory
@@ -80,7 +78,7 @@ class Study:
             laboratory = laboratories[variant.name]
             seconds = seconds_of.get(seed, math.nan)
             steps = {"tokens": arguments.steps, SHARE: round(0.8 * arguments.steps)}.get(budget)
-            outcome = self._train(laboratory, rates[variant.name], seed, seconds, steps)
+            outcome = self._train(laboratory, variant, rates[variant.name], seed, seconds, steps)
             if variant.name == BASELINE and budget == "tokens":
                 seconds_of[seed] = outcome.seconds
             parameters = sum(parameter.numel() for parameter in laboratory.model.parameters())
@@ -113,13 +111,15 @@ class Study:
         if len(rates) == 1:
             return rates[0]
         steps = max(1, round(RATE_SHARE * self._arguments.steps))
-        losses = {rate: self._train(laboratory, rate, RATE_SEED, math.nan, steps).loss for rate in rates}
+        losses = {rate: self._train(laboratory, variant, rate, RATE_SEED, math.nan, steps).loss for rate in rates}
         print(f"{variant.name}: " + ", ".join(f"{rate}: {loss:.4f}" for rate, loss in losses.items()), flush=True)
         return min(losses, key=losses.__getitem__)
 
-    def _train(self, laboratory: Laboratory, rate: float, seed: int, seconds: float, steps: int | None) -> Outcome:
+    def _train(
+        self, laboratory: Laboratory, variant: Variant, rate: float, seed: int, seconds: float, steps: int | None
+    ) -> Outcome:
         phase = Phase("scratch", "python", seconds, rate, COSINE)
-        return laboratory.train(PLAIN, phase, seed, laboratory.start(seed), steps)[0]
+        return laboratory.train(variant.strategy, phase, seed, laboratory.start(seed), steps)[0]
 
     def compare_recall(self, variants: list[Variant]) -> None:
         """Right answers by number of pairs."""

@@ -51,6 +51,99 @@ class ScanKernel(enum.StrEnum):
     PYTORCH = "PyTorch"
 
 
+class Activation(enum.StrEnum):
+    SILU = "Silu"
+    GELU = "Gelu"
+    RELU = "Relu"
+    BINLOP = "Binlop"
+
+
+class AdaptationBase(enum.StrEnum):
+    ZERO = "Zero"
+    SEED = "Seed"
+    DENSE = "Dense"
+
+
+class CodebookSpec(Spec):
+    """Atoms that all layers share, and by which adapted layers answer to their context."""
+
+    sub_keys: int = Field(default=256, ge=2, le=4096)
+    """Sub-keys of each half of an address. There are subKeys x subKeys atoms, 65,536 by default; a lookup costs
+    2 x subKeys x width multiplications."""
+    width: int = Field(default=64, ge=4, le=1024)
+    """Numbers of an atom and of a sub-key; a multiple of 4, the number of spans of a summary."""
+    top_k: int = Field(default=4, ge=1, le=64)
+    """Atoms that a token mixes in a block."""
+    revive_every_steps: int = Field(default=500, ge=0, le=2**53)
+    """Steps between looks at how often atoms are used by all ranks; sub-keys hardly used are then moved next to those
+    used most. Each look sends 4 bytes for every atom. 0 never looks."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("self.topK <= self.subKeys", "topK must not exceed subKeys"),
+            rule("self.width % 4 == 0", "width must be a multiple of 4"),
+        )
+    )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.top_k > self.sub_keys:
+            raise ValueError(f"topK {self.top_k} must not exceed subKeys {self.sub_keys}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4")
+        return self
+
+
+class AdaptationSpec(Spec):
+    """Large linear layers as W0 x + A (s * (B x)), with A and B of few ranks. Every field can be left alone."""
+
+    base: AdaptationBase = AdaptationBase.SEED
+    """What W0 is. Zero: nothing; layers can write in as many directions as they have ranks. Seed: random, the same at
+    every start, never learnt, sent or saved. Dense: learnt weights, from checkpoint.restoreFrom if it is set, which do
+    not change."""
+    base_seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """What base Seed is generated from."""
+    rank: int = Field(default=8, ge=1, le=4096)
+    """Ranks in use at first."""
+    maximum_rank: int = Field(default=32, ge=1, le=4096)
+    """Ranks in use at last. They are allocated from the start, so that growing changes no shape; memory, compute and
+    bytes are always those of maximumRank."""
+    grow_every_steps: int = Field(default=1000, ge=0, le=2**53)
+    """Steps after which the ranks in use double, until they are maximumRank; the function stays the same at each
+    growth. 0 keeps to rank, and allocates no more."""
+    codebook: CodebookSpec | None = None
+    """Lets s answer to the tokens so far, by a small network per block and atoms that all blocks share. Unset: s is
+    1."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.growEverySteps == 0 || self.rank <= self.maximumRank",
+                "rank must not exceed maximumRank; growEverySteps 0 ignores maximumRank",
+            ),
+        )
+    )
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        if self.grow_every_steps and self.rank > self.maximum_rank:
+            raise ValueError(
+                f"rank {self.rank} must not exceed maximumRank {self.maximum_rank}; "
+                f"growEverySteps 0 ignores maximumRank"
+            )
+        return self
+
+    @property
+    def allocated_rank(self) -> int:
+        """Ranks there will ever be."""
+        return self.maximum_rank if self.grow_every_steps else self.rank
+
+    def rank_at(self, step: int) -> int:
+        """Ranks in use after so many steps."""
+        doublings = step // self.grow_every_steps if self.grow_every_steps else 0
+        return min(self.allocated_rank, self.rank << min(doublings, 12))
+
+
 class ResonateSpec(Spec):
     """What the Resonate architecture has of its own. Every field can be left alone."""
 
@@ -73,9 +166,17 @@ class ResonateSpec(Spec):
     long_convolution_every: int = Field(default=0, ge=0, le=1024)
     """Every so many blocks one convolves over the whole past with a learnt filter that does not depend on the tokens,
     instead of scanning; where attentionEvery falls on the same block, it attends. 1 makes all blocks so, 0 none."""
+    activation: Activation = Activation.SILU
+    """Of the gate in every MLP. Binlop: straight lines with two knees, odd and invertible, whose knees and slopes each
+    layer learns; of magnitude at least binlopMinimumSlope everywhere, so it never saturates."""
+    binlop_minimum_slope: float = Field(default=0.5, gt=0, lt=1)
+    """Binlop only: the least slope that it may learn. Near 1 it is almost the identity; a small one may bend as sharply
+    as a ReLU does on one side, and lets gradients vanish."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
     """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
     compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
+    adaptation: AdaptationSpec | None = None
+    """Large linear layers with few learnt ranks beside weights that do not learn. Unset: all weights learn."""
 
 
 class ModelSpec(Spec):
@@ -132,6 +233,12 @@ class ModelSpec(Spec):
                 " && self.resonate.longConvolutionEvery <= self.layers)",
                 "resonate.attentionEvery and resonate.longConvolutionEvery must not exceed layers",
             ),
+            rule(
+                "!has(self.resonate) || !has(self.resonate.adaptation) || self.hiddenSize >"
+                " (self.resonate.adaptation.growEverySteps == 0 ? self.resonate.adaptation.rank"
+                " : self.resonate.adaptation.maximumRank)",
+                "resonate.adaptation needs fewer ranks than hiddenSize",
+            ),
         )
     )
 
@@ -167,6 +274,12 @@ class ModelSpec(Spec):
         ):
             if every > self.layers:
                 raise ValueError(f"resonate.{name} {every} must not exceed layers {self.layers}; 0 switches it off")
+        adaptation = own.adaptation
+        if adaptation is not None and adaptation.allocated_rank >= self.hidden_size:
+            raise ValueError(
+                f"resonate.adaptation needs fewer ranks ({adaptation.allocated_rank}) than hiddenSize "
+                f"{self.hidden_size}; set a lower {'maximumRank' if adaptation.grow_every_steps else 'rank'}"
+            )
         return self
 
 
@@ -239,25 +352,73 @@ class DataSpec(Spec):
 
 class OptimizerName(enum.StrEnum):
     ADAMW = "AdamW"
+    MUON = "Muon"
+    ADAFACTOR = "Adafactor"
+    LION = "Lion"
+
+
+_OPTIMIZERS_WITH = {
+    "beta1": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
+    "beta2": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
+    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON),
+    "momentum": (OptimizerName.MUON,),
+}
+"""Fields of an optimizer that not all optimizers have."""
+
+
+class LookaheadSpec(Spec):
+    """Slow weights that follow the optimizer's, and to which those return."""
+
+    steps: int = Field(default=5, ge=1, le=2**53)
+    """Updates between two meetings."""
+    ratio: float = Field(default=0.5, gt=0, le=1)
+    """Share of the way from the slow weights to the optimizer's at which they meet; 1 makes no difference."""
 
 
 class OptimizerSpec(Spec):
     """How gradients become updates."""
 
     name: OptimizerName = OptimizerName.ADAMW
-    """AdamW with decoupled weight decay; norms and embeddings' vectors of one dimension are not decayed."""
+    """AdamW: with decoupled weight decay. Muon: the matrices inside the network move by orthogonalised momentum, and
+    the rest by AdamW; AdamW's learning rates hold. Lion: by the sign of a momentum; wants a third to a tenth of AdamW's
+    learning rate and as much more weight decay. Adafactor: second moments by row and column alone; wants about 30 times
+    AdamW's learning rate, as steps go by the size of the weights. State in bytes a parameter: AdamW 8, Muon and Lion 4,
+    Adafactor none to speak of. None of them decays vectors, such as those of norms."""
     learning_rate: float = Field(default=3e-4, gt=0, le=10)
     """Peak learning rate."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
-    epsilon: float = Field(default=1e-8, gt=0, lt=1)
-    """Added to the root of the second moment."""
+    beta1: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of the first moment; not Adafactor's. Unset: 0.9."""
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of the second moment, with Lion of the momentum; not Adafactor's. Unset: 0.95, with Lion 0.99."""
+    epsilon: float | None = Field(default=None, gt=0, lt=1)
+    """Added to the root of the second moment, by AdamW and by Muon's AdamW. Unset: 1e-8."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Muon only: decay of the momentum of its matrices. Unset: 0.95."""
     weight_decay: float = Field(default=0.1, ge=0, le=10)
     """Decoupled weight decay per unit of learning rate; 0 switches it off."""
     gradient_clip_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
+    lookahead: LookaheadSpec | None = None
+    """Slow weights beside the optimizer's, with any of them, for 4 bytes a parameter more. Unset: none."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *(
+                rule(
+                    f"!has(self.{field}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
+                    f"{field} goes with {' or '.join(names)}, and with no other optimizer",
+                )
+                for field, names in _OPTIMIZERS_WITH.items()
+            )
+        )
+    )
+
+    @model_validator(mode="after")
+    def _fields_are_of_this_optimizer(self) -> Self:
+        for field, names in _OPTIMIZERS_WITH.items():
+            if getattr(self, field) is not None and self.name not in names:
+                raise ValueError(f"{field} goes with {' or '.join(names)}, not with {self.name}: leave it out")
+        return self
 
 
 class ScheduleKind(enum.StrEnum):

@@ -36,18 +36,34 @@ ENGINES = [
 ]
 ROW_ENGINES = ENGINES[1:]
 
-RESONATE = {
+RESONATE: dict[str, Any] = {
     "architecture": "Resonate",
     "resonate": {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 2, "attentionEvery": 3},
 }
 """A model with every kind of block."""
+
+ADAPTED = {
+    "architecture": "Resonate",
+    "resonate": RESONATE["resonate"]
+    | {"adaptation": {"rank": 4, "maximumRank": 8, "codebook": {"subKeys": 8, "width": 8, "topK": 3}}},
+}
+"""The same with adapted layers whose scales differ from token to token."""
 
 
 def model_of(**fields: object) -> Decoder:
     """A tiny model with weights large enough that a mistake shows."""
     torch.manual_seed(0)
     spec = {"layers": 3, "hidden_size": WIDTH, "heads": 2, "intermediate_size": 48, "initializer_std": 0.2}
-    return build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)
+    return awaken(build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY))
+
+
+def awaken(model: Decoder) -> Decoder:
+    """Give adapted layers, if there are any, weights where they begin at 0, so that a mistake in them shows."""
+    draws = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("outward.weight", "scales.weight")):
+            torch.nn.init.normal_(parameter, std=0.2, generator=draws)
+    return model
 
 
 def batch_of(sequences: int = 3, length: int = 13, isolated: bool = False) -> Batch:
@@ -147,19 +163,19 @@ def cut_hidden(
         return x_BTD if kv_gradient is None else x_BTD.detach() + weights_BT1 * (x_BTD - x_BTD.detach())
 
     def through(block: Block, x_BTD: Tensor, context: Context, weights_BT1: Tensor) -> Tensor:
-        offered = block.offers(x_BTD, context)
-        if kv_gradient is TRUNCATED:
-            chosen_BT1 = weights_BT1 > 0
-            offered = tuple(
-                torch.where(chosen_BT1.unsqueeze(1) if x.ndim == 4 else chosen_BT1, x, x.detach()) for x in offered
-            )
+        if kv_gradient is not TRUNCATED:
+            return block(x_BTD, context)
+        chosen_BT1 = weights_BT1 > 0
+
+        def at_rows(x: Tensor) -> Tensor:
+            return torch.where(chosen_BT1.unsqueeze(1) if x.ndim == 4 else chosen_BT1, x, x.detach())
 
         class Cut(Context):
-            def attend(self, q: Tensor, *_: Tensor) -> Tensor:
-                return context.attend(q, *offered)
+            def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return context.attend(q, at_rows(k), at_rows(v))
 
-            def mix(self, mixer: Mixer, _: Tensor) -> Tensor:
-                return context.mix(mixer, *offered)
+            def mix(self, mixer: Mixer, x: Tensor) -> Tensor:
+                return context.mix(mixer, at_rows(x))
 
         return block(x_BTD, Cut(context.places, context.cos, context.sin, context.starts_BT, context.mask))
 

@@ -28,6 +28,22 @@ from pylon_trainer.step import Batch, StepResult
 
 MakeConfig = Callable[..., dict[str, Any]]
 
+ADAPTED = {
+    "architecture": "Resonate",
+    "resonate": {
+        "headWidth": 8,
+        "stateSize": 8,
+        "chunkTokens": 4,
+        "adaptation": {
+            "rank": 2,
+            "maximumRank": 8,
+            "growEverySteps": 3,
+            "codebook": {"subKeys": 8, "width": 8, "reviveEverySteps": 3},
+        },
+    },
+}
+"""Ranks grow and sub-keys are looked at within a short run."""
+
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, act: Callable[[], object]) -> None:
     """Have one rank do something just before its part of a step (from 1), while its peers go on."""
@@ -134,6 +150,7 @@ def test_resonate_trains_with_every_gate(gating: dict[str, Any], tmp_path: Path,
         {"gating": {"strategy": "GradientNorm", "ratioControl": "Fixed"}},
         {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},
         {"consensus": {"codec": "Auto", "bytesPerStep": 7000}},
+        {"model": ADAPTED},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(

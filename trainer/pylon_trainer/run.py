@@ -15,7 +15,8 @@ from pylon_trainer.consensus.build import build_exchange
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
-from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.models.resonate.upkeep import Upkeep
+from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
@@ -42,9 +43,10 @@ class Run:
     model: Decoder
     training_step: TrainingStep
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: AdamW
+    optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
+    upkeep: Upkeep
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -75,6 +77,7 @@ class Run:
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
+        self.upkeep.end_step(self.step)
         self.tokens += global_tokens
         return Update(results, gradient_norm, learning_rate)
 
@@ -87,8 +90,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
     seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    refuse_disagreement(world, config, parameters)
-    optimizer = AdamW(parameters, training.optimizer)
+    refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+    optimizer = Optimizer(parameters, training.optimizer)
     return Run(
         config=config,
         world=world,
@@ -99,5 +102,6 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         optimizer=optimizer,
         exchange=build_exchange(world, training, parameters),
         agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
+        upkeep=Upkeep(model, world, training.seed),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

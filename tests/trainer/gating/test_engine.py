@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from engines import (
+    ADAPTED,
     DENSE,
     ENGINES,
     RESONATE,
@@ -34,6 +35,8 @@ MODELS = {
     "untied": {"tie_embeddings": False},
     "factorised": {"embedding_rank": 8},
     "resonate": RESONATE,
+    "binlop": RESONATE | {"resonate": RESONATE["resonate"] | {"activation": "Binlop"}},
+    "adapted": ADAPTED,
 }
 ROWS = {
     "all": list(range(TOKENS)),

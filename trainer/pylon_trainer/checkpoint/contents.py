@@ -37,6 +37,7 @@ def own(run: Run) -> dict[str, Any]:
         "data": run.data.state_dict(),
         "rng": rng_state(run.world.device),
         "exchange": run.exchange.state_dict(),
+        "upkeep": run.upkeep.state_dict(),
     }
 
 
@@ -54,6 +55,11 @@ def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
             raise ConfigError(f"training.model.{field} is {asked}, but {uri} was trained with {had}")
     if saved["tokenizer"] != wanted["tokenizer"]:
         raise ConfigError(f"training.data.tokenizer is not the one that {uri} was trained with")
+    if saved.get("generated") != wanted.get("generated"):
+        raise ConfigError(
+            f"the weights that this machine generates from model.resonate.adaptation.baseSeed are not those that {uri} "
+            f"was trained with; run the image that wrote it"
+        )
     live = {part: manifest.replicated[part] for part in ("model", "optimizer")}
     shapes = {place["key"]: tuple(place["shape"]) for place in placeholders(live)}
     tensors = live_tensors(run)
@@ -73,13 +79,15 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
     """
     run.step, run.tokens = state["position"]["step"], state["position"]["tokens"]
     run.training_step.load_state_dict(state["gate"])
-    exchanges = [rank.get("exchange", {}) for rank in owns]
+    kept = [{part: rank.get(part, {}) for part in ("exchange", "upkeep")} for rank in owns]
     if is_same_size:
         load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)
-        run.exchange.load_state_dict(exchanges[run.world.rank])
+        mine = kept[run.world.rank]
     else:
         reseed(run.config.training.seed, run.world.rank, run.step)
-        run.exchange.load_state_dict(divide_up(exchanges, run.world.size))
+        mine = divide_up(kept, run.world.size)
+    run.exchange.load_state_dict(mine["exchange"])
+    run.upkeep.load_state_dict(mine["upkeep"])
     is_same_data = bool(state["identity"]["data"] == _identity(run)["data"])
     if is_same_data:
         run.data.load_state_dict(merge_states([dict(rank["data"]) for rank in owns]))
@@ -100,8 +108,10 @@ def _identity(run: Run) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that goes on from it."""
     training = run.config.training
     data = training.data.model_copy(update={"prefetch_batches": 0}).to_wire()  # reading ahead moves no position
+    generated = run.model.generated
     return {
         "model": training.model.to_wire(),
         "tokenizer": run.data.tokenizer.fingerprint,
         "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
+        **({} if generated is None else {"generated": generated}),
     }

@@ -42,6 +42,9 @@ class Block(nn.Module, ABC):
 class Decoder(nn.Module, ABC):
     """`spec.layers` blocks over `vocab_size` tokens."""
 
+    generated: str | None = None
+    """Digest of weights that come from a seed at every start and are in no checkpoint; None: there are none."""
+
     def __init__(self, spec: ModelSpec, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
@@ -129,16 +132,19 @@ class Decoder(nn.Module, ABC):
             places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT, attends=self.attends
         )
 
+    def initial_std(self, *, is_residual: bool) -> float:
+        """Deviation that a matrix is drawn with; those that write to the residual stream shrink with depth (GPT-2,
+        section 2.3)."""
+        return self.spec.initializer_std / math.sqrt(2 * self.spec.layers if is_residual else 1)
+
     def _initialise(self) -> None:
-        """Normal matrices; those that write to the residual stream shrink with depth (GPT-2, section 2.3), and a
-        factorised embedding's product has the deviation that a plain one would have."""
-        std = self.spec.initializer_std
+        """Normal matrices; a factorised embedding's product has the deviation that a plain one would have."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=self.initial_std(is_residual=False))
         for block in self.blocks:
             for residual in block.residual_outputs():
-                nn.init.normal_(residual.weight, std=std / math.sqrt(2 * self.spec.layers))
+                nn.init.normal_(residual.weight, std=self.initial_std(is_residual=True))
         for projection in (self.embedding_projection, self.output_projection):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=1 / math.sqrt(self.spec.embedding_rank))

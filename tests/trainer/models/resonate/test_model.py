@@ -117,10 +117,14 @@ def without_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[...
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "documents", "span_chunks"),
-    [(KINDS["groups"], False, 128), (KINDS["all three"], True, 128), (KINDS["all three"], True, 2)],
+    [
+        (KINDS["groups"] | {"activation": "Binlop"}, False, 128),
+        (KINDS["all three"], True, 128),
+        (KINDS["all three"], True, 2),
+    ],
 )
 def test_blocks_compile_without_a_graph_break(
-    own: dict[str, int], documents: bool, span_chunks: int, monkeypatch: pytest.MonkeyPatch
+    own: dict[str, Any], documents: bool, span_chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan, "SPAN_CHUNKS", span_chunks)
     torch._dynamo.reset()

@@ -24,7 +24,7 @@ class Cache:
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
-        self._memories: list[Memory | None] = [None for _ in model.blocks]
+        self._memories: list[list[Memory]] = [[] for _ in model.blocks]
         self._tokens = 0
 
     @torch.no_grad()
@@ -34,31 +34,33 @@ class Cache:
         context = model.context(tokens_BT, first=self._tokens)
         x_BTD = model.embed(tokens_BT, context.places)
         for number, block in enumerate(model.blocks):
-            remembering = RememberingContext(**vars(context), memory=self._memories[number])
+            remembering = RememberingContext(**vars(context), memories=self._memories[number])
             x_BTD = block(x_BTD, remembering)
-            self._memories[number] = remembering.left[0]
+            self._memories[number] = remembering.left
         self._tokens += tokens_BT.shape[1]
         normed_BTD: Tensor = model.norm(x_BTD)
         return normed_BTD
 
     def bytes(self) -> int:
         """Of what is remembered."""
-        return sum(x.numel() * x.element_size() for memory in self._memories if memory is not None for x in memory)
+        return sum(x.nbytes for memories in self._memories for memory in memories for x in memory)
 
 
 @dataclass(frozen=True)
 class RememberingContext(Context):
     """The context of one block's new tokens, which see those that the block remembers."""
 
-    memory: Memory | None = None
-    """What the block left the last time."""
+    memories: list[Memory]
+    """What each place of the block where tokens meet left the last time, in the order of their calls; none the first
+    time."""
     left: list[Memory] = field(default_factory=list)
-    """What it leaves this time."""
+    """What they leave this time."""
 
     def attend(self, q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:
         """As Context has it. Memory: keys and values, B x J x S x E each."""
-        if self.memory is not None:
-            k_BJTE, v_BJTE = (torch.cat(pair, 2) for pair in zip(self.memory, (k_BJTE, v_BJTE), strict=True))
+        memory = self._memory
+        if memory is not None:
+            k_BJTE, v_BJTE = (torch.cat(pair, 2) for pair in zip(memory, (k_BJTE, v_BJTE), strict=True))
         self.left.append((k_BJTE, v_BJTE))
         new, all_ = q_BHTE.shape[2], k_BJTE.shape[2]
         sees_TS = torch.ones(new, all_, dtype=torch.bool, device=q_BHTE.device).tril(all_ - new)
@@ -68,6 +70,11 @@ class RememberingContext(Context):
     def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
         """As Context has it."""
         with torch.autocast(x_BTI.device.type, enabled=False):  # a mixer chooses its own precisions
-            y_BTO, memory = mixer.run(x_BTI, None, self.memory)
+            y_BTO, memory = mixer.run(x_BTI, None, self._memory)
         self.left.append(memory)
         return y_BTO
+
+    @property
+    def _memory(self) -> Memory | None:
+        """Of the place that asks now."""
+        return self.memories[len(self.left)] if self.memories else None

@@ -11,28 +11,41 @@ from __future__ import annotations
 
 import enum
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylon_api.training import Architecture, ModelSpec, ResonateSpec
+from pylon_api.training import Activation, AdaptationSpec, Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder
+from pylon_trainer.models.resonate.adaptation import AdaptedBlock, Shared, adapt
+from pylon_trainer.models.resonate.binlop import Binlop
 from pylon_trainer.models.resonate.long_convolution import LongConvolution
 from pylon_trainer.models.resonate.mamba import Mamba
 from pylon_trainer.models.resonate.mixer import StateMixer
-from pylon_trainer.models.transformer import AttentionBlock, SwiGLU, intermediate_size
+from pylon_trainer.models.transformer import AttentionBlock, GatedActivation, GatedMLP, intermediate_size, swiglu
 
 
 class Resonate(Decoder):
     """State-space blocks, with as many that attend or convolve as the spec asks for."""
 
+    def __init__(self, spec: ModelSpec, vocab_size: int) -> None:
+        super().__init__(spec, vocab_size)
+        self.shared: Shared | None = None
+        """What its blocks share where their layers are adapted."""
+        if (adaptation := _adaptation(spec)) is not None:
+            self.shared, self.generated = adapt(self, adaptation)
+
     def _block(self, number: int) -> Block:
+        is_adapted = _adaptation(self.spec) is not None
+        mixer_block = AdaptedMixerBlock if is_adapted else MixerBlock
         match kind_of(self.spec, number):
             case Kind.ATTENTION:
-                return AttentionBlock(self.spec)
+                attention_block = AdaptedAttentionBlock if is_adapted else AttentionBlock
+                return attention_block(self.spec, activation_of(self.spec))
             case Kind.LONG_CONVOLUTION:
-                return MixerBlock(self.spec, LongConvolution(self.spec))
+                return mixer_block(self.spec, LongConvolution(self.spec))
             case Kind.SCAN:
-                return MixerBlock(self.spec, Mamba(self.spec))
+                return mixer_block(self.spec, Mamba(self.spec))
 
     @property
     def attends(self) -> bool:
@@ -48,7 +61,7 @@ class MixerBlock(Block):
         self.mixer_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
-        self.mlp = SwiGLU(spec.hidden_size, intermediate_size(spec))
+        self.mlp = GatedMLP(spec.hidden_size, intermediate_size(spec), activation_of(spec))
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), context)
@@ -64,12 +77,48 @@ class MixerBlock(Block):
         return self.mixer.output, self.mlp.down
 
 
+def activation_of(spec: ModelSpec) -> GatedActivation:
+    """Of one MLP's gate."""
+    own = spec.resonate or ResonateSpec()
+    match own.activation:
+        case Activation.SILU:
+            return swiglu
+        case Activation.GELU:
+            return geglu
+        case Activation.RELU:
+            return reglu
+        case Activation.BINLOP:
+            return Binlop(own.binlop_minimum_slope)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """GELU's gated product."""
+    return F.gelu(gate) * up
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """ReLU's gated product."""
+    return F.relu(gate) * up
+
+
+class AdaptedMixerBlock(AdaptedBlock, MixerBlock):
+    """A block that scans or convolves, with adapted layers."""
+
+
+class AdaptedAttentionBlock(AdaptedBlock, AttentionBlock):
+    """A block that attends, with adapted layers."""
+
+
 class Kind(enum.Enum):
     """Where the tokens of a block meet."""
 
     ATTENTION = enum.auto()
     LONG_CONVOLUTION = enum.auto()
     SCAN = enum.auto()
+
+
+def _adaptation(spec: ModelSpec) -> AdaptationSpec | None:
+    return None if spec.resonate is None else spec.resonate.adaptation
 
 
 def kind_of(spec: ModelSpec, number: int) -> Kind:
