@@ -29,7 +29,10 @@ THROUGHPUT, QUALITY = "resonate_throughput", "resonate_quality"
 CONSENSUS, PROJECTION = "consensus", "consensus_projection"
 FIELDS = {
     THROUGHPUT: ("architecture", "device", "sequence", "tokens_per_s", "activation_gib"),
-    QUALITY: ("architecture", "ablation", "task", "budget", "device", "parameters", "seed", "loss", "recall"),
+    QUALITY: (
+        *("architecture", "ablation", "task", "budget", "device", "parameters", "seed"),
+        *("tokens", "seconds", "loss", "recall"),
+    ),
     CONSENSUS: (
         *("codec", "ranks", "device", "parameters", "bytes_per_step_mean", "bytes_per_step_peak", "below_bf16_ddp"),
         *("above_exact", "is_exact", "communication_fraction", "seed"),
