@@ -45,7 +45,7 @@ T = TypeVar("T")
 REAL = Scale({}, sequences=64, tokens=512)
 TOY = Scale({}, sequences=8, tokens=128)
 TASKS = {
-    "large": Task(Shape({"hidden_size": 128, "heads": 4}, SMALL.layers), 2048, 256, (8, 32, 64), 128, 3000),
+    "large": Task(Shape({"hidden_size": 128, "heads": 4}, SMALL.layers), 2048, 256, (8, 32, 64), 128, 4000),
     "small": Task(SMALL, 32, 32, (2, 4, 8), 32, 1500),
 }
 
