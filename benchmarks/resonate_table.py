@@ -57,9 +57,9 @@ def difference(rows: Iterable[Row], variant: str, rival: str, budget: str) -> Di
 
 def _are_comparable(own: Row, other: Row) -> bool:
     if own["budget"] == "seconds":
-        return abs(own["seconds"] / other["seconds"] - 1) < 0.2
+        return bool(abs(own["seconds"] / other["seconds"] - 1) < 0.2)
     share = 0.8 if own["budget"] == SHARE else 1.0
-    return abs(own["tokens"] / other["tokens"] - share) < 0.02
+    return bool(abs(own["tokens"] / other["tokens"] - share) < 0.02)
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
