@@ -102,6 +102,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "chunkTokens": {},
             "attentionEvery": {"spec.training.model.layers": 1024},
             "longConvolutionEvery": {"spec.training.model.layers": 1024},
+            "activation": {},
+            "binlopMinimumSlope": {},
             "scanKernel": {},
         }.items()
     },
