@@ -116,7 +116,9 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         parameters=parameters,
         optimizer=optimizer,
         exchange=exchange,
-        agreement=Agreement(world, replicas | (control.tensors if control else {}), training.consensus.on_disagreement),
+        agreement=Agreement(
+            world, {**replicas, **(control.tensors if control else {})}, training.consensus.on_disagreement
+        ),
         control=control,
         curvature=build_curvature(world, training, model, optimizer, parameters),
         upkeep=Upkeep(model, world, training.seed),
