@@ -143,8 +143,13 @@ class Decoder(nn.Module, ABC):
     def _recomputed(self, block: Block, x_BTD: Tensor, context: Context) -> Tensor:
         device = x_BTD.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        context = replace(context, holds_mixers=True)
-        return recomputed(lambda x: block(x, context), block, x_BTD, autocast=autocast)
+        inputs = (x_BTD,) if context.advice_PR is None else (x_BTD, context.advice_PR)
+
+        def run(x_BTD: Tensor, advice_PR: Tensor | None = None) -> Tensor:
+            y_BTD: Tensor = block(x_BTD, replace(context, holds_mixers=True, advice_PR=advice_PR))
+            return y_BTD
+
+        return recomputed(run, block, *inputs, autocast=autocast)
 
     def initial_std(self, *, is_residual: bool) -> float:
         """Deviation that a matrix is drawn with; those that write to the residual stream shrink with depth (GPT-2,
@@ -176,7 +181,8 @@ def add_branch(x_BTD: Tensor, branch_BTD: Tensor, norm_limit: float | None) -> T
         return x_BTD + branch_BTD
     own_BT1, norm_BT1 = (torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x_BTD, branch_BTD))
     # The square of the least norm is not 0, or gradients of a branch that adds nothing would not be numbers.
-    return x_BTD + branch_BTD * (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+    limited_BTD: Tensor = x_BTD + branch_BTD * (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+    return limited_BTD
 
 
 def plain_linear(inputs: int, outputs: int) -> nn.Linear:
