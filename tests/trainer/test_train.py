@@ -153,6 +153,7 @@ def test_resonate_trains_with_every_gate(
         {"gating": {"strategy": "GradientNorm", "ratioControl": "Fixed"}},
         {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},
         {"consensus": {"codec": "Auto", "bytesPerStep": 7000}},
+        {"optimizer": {"name": "Sophia", "learningRate": 0.001, "curvatureSteps": 2, "lookahead": {"steps": 3}}},
         {"consensus": {"codec": "Int4", "localSteps": 3}, "gating": {"strategy": "Loss", "ratioControl": "Fixed"}},
         {"model": ADAPTED},
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylon_api.training import OptimizerName
 from pylon_trainer.checkpoint.manifest import Manifest, placeholders
 from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.consensus import divide_up
@@ -33,6 +34,7 @@ def replicated(run: Run) -> dict[str, Any]:
     return {
         **_live(run),
         "gate": run.training_step.state_dict(),
+        "control": run.control.state_dict() if run.control else None,
         "position": {"step": run.step, "tokens": run.tokens},
         "identity": _identity(run),
     }
@@ -68,6 +70,9 @@ def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
             f"the weights that this machine generates from model.resonate.adaptation.baseSeed are not those that {uri} "
             f"was trained with; run the image that wrote it"
         )
+    had, asked = saved.get("optimizer", OptimizerName.ADAMW), wanted["optimizer"]
+    if had != asked:
+        raise ConfigError(f"training.optimizer.name is {asked}, but {uri} was trained with {had}")
     live = {part: manifest.replicated[part] for part in ("model", "optimizer")}
     shapes = {place["key"]: tuple(place["shape"]) for place in placeholders(live)}
     tensors = live_tensors(run)
@@ -87,6 +92,8 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
     """
     run.step, run.tokens = state["position"]["step"], state["position"]["tokens"]
     run.training_step.load_state_dict(state["gate"])
+    if run.control:
+        run.control.load_state_dict(state["control"])
     kept = [{part: rank.get(part, {}) for part in ("exchange", "upkeep")} for rank in owns]
     if is_same_size:
         load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)
@@ -136,6 +143,7 @@ def _identity(run: Run) -> dict[str, Any]:
     return {
         "model": training.model.to_wire(),
         "tokenizer": run.data.tokenizer.fingerprint,
+        "optimizer": training.optimizer.name.value,
         "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
         **({} if generated is None else {"generated": generated}),
     }

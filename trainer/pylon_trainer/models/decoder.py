@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.models.context import Context
+from pylon_trainer.models.recompute import recomputed
 
 
 class Block(nn.Module, ABC):
@@ -37,6 +39,10 @@ class Block(nn.Module, ABC):
     @abstractmethod
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         """Its layers that write to the residual stream."""
+
+    @abstractmethod
+    def open_ports(self, advice_size: int) -> None:
+        """Give it the ports by which advice of this size enters it (models/ports.py). Without, it takes none."""
 
 
 class Decoder(nn.Module, ABC):
@@ -58,6 +64,8 @@ class Decoder(nn.Module, ABC):
         tied = spec.tie_embeddings
         self.output_projection = None if tied or not spec.embedding_rank else plain_linear(spec.hidden_size, width)
         self.output = None if tied else plain_linear(width, vocab_size)
+        self.recomputes_blocks = False
+        """Whether `forward` holds nothing of a block but its input for the way back."""
         self._initialise()
 
     @property
@@ -78,7 +86,7 @@ class Decoder(nn.Module, ABC):
         context = self.context(tokens_BT, documents_BT)
         x_BTD = self.embed(tokens_BT, context.places)
         for block in self.blocks:
-            x_BTD = block(x_BTD, context)
+            x_BTD = self._recomputed(block, x_BTD, context) if self.recomputes_blocks else block(x_BTD, context)
         normed_BTD: Tensor = self.norm(x_BTD)
         return normed_BTD
 
@@ -132,6 +140,17 @@ class Decoder(nn.Module, ABC):
             places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT, attends=self.attends
         )
 
+    def _recomputed(self, block: Block, x_BTD: Tensor, context: Context) -> Tensor:
+        device = x_BTD.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+        def run(x_BTD: Tensor, advice_PR: Tensor | None = None) -> Tensor:
+            y_BTD: Tensor = block(x_BTD, replace(context, holds_mixers=True, advice_PR=advice_PR))
+            return y_BTD
+
+        inputs = (x_BTD,) if context.advice_PR is None else (x_BTD, context.advice_PR)
+        return recomputed(run, block, *inputs, autocast=autocast)
+
     def initial_std(self, *, is_residual: bool) -> float:
         """Deviation that a matrix is drawn with; those that write to the residual stream shrink with depth (GPT-2,
         section 2.3)."""
@@ -148,6 +167,22 @@ class Decoder(nn.Module, ABC):
         for projection in (self.embedding_projection, self.output_projection):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=1 / math.sqrt(self.spec.embedding_rank))
+
+
+def norm_limit_of(spec: ModelSpec) -> float | None:
+    """On what a block's layers add to a token; None for none."""
+    stability = None if spec.resonate is None else spec.resonate.stability
+    return None if stability is None else stability.branch_norm_limit
+
+
+def add_branch(x_BTD: Tensor, branch_BTD: Tensor, norm_limit: float | None) -> Tensor:
+    """The residual stream with what a layer adds to it: to each token at most so many times its own norm."""
+    if norm_limit is None:
+        return x_BTD + branch_BTD
+    own_BT1, norm_BT1 = (torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x_BTD, branch_BTD))
+    # The square of the least norm is not 0, or gradients of a branch that adds nothing would not be numbers.
+    limited_BTD: Tensor = branch_BTD * (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+    return x_BTD + limited_BTD
 
 
 def plain_linear(inputs: int, outputs: int) -> nn.Linear:

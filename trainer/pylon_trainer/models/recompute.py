@@ -17,15 +17,16 @@ from torch.utils.checkpoint import checkpoint
 Part = Callable[..., Tensor]
 
 
-def recomputed(part: Part, owner: nn.Module, *tensors: Tensor) -> Tensor:
+def recomputed(part: Part, owner: nn.Module, *tensors: Tensor, autocast: torch.dtype | None = None) -> Tensor:
     """part(*tensors), with gradients for the tensors and for the owner's parameters.
 
-    The part runs without autocast, so that it does the same both times wherever the way back is taken from; it must
-    draw no random numbers.
+    The part runs under autocast to this type or, by default, without, so that it does the same both times wherever the
+    way back is taken from; it must draw no random numbers.
     """
 
     def run(*given: Tensor) -> Tensor:
-        with torch.autocast(given[0].device.type, enabled=False):
+        device = given[0].device.type
+        with torch.autocast(device, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
             return part(*given)
 
     if not torch.is_grad_enabled():
@@ -54,5 +55,7 @@ class _Recomputed(Function):
         with torch.enable_grad():
             # A product, because autograd, handed a gradient, would first import sympy to look at its shape.
             loss = (ctx.run(*leaves) * gradients[0]).sum()
-        received = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+        # Of all that wants a gradient, nothing need have entered the part: advice, where there is no port.
+        known = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+        received = iter(known)
         return None, None, *(next(received) if need else None for need in needs)
