@@ -2,7 +2,7 @@
 
     python benchmarks/gate_quality.py --prepare                   # once: the corpus, minutes on a CPU
     python benchmarks/consensus.py [--ranks 2]                    # trains; adds to the results that are there
-    python benchmarks/consensus.py --recipes Dct Int4,localSteps=32,outerRate=0.9 --seeds 0 1
+    python benchmarks/consensus.py --recipes Dct Int4,localSteps=32,outerMomentum=0.5 --seeds 0 1
     python benchmarks/consensus.py --scale small                  # gloo on CPUs, minutes
 
 A recipe is a codec with fields of `training.consensus`, and of these: `rate`, its learning rate as a share of the
@@ -54,7 +54,7 @@ DEFAULT_RECIPES = (
     "Auto",
     "Dct",
     "Dct,beta1=0,beta2=0,rate=0.3",
-    "Dct,localSteps=4,outerRate=1,outerMomentum=0",
+    "Dct,localSteps=4",
 )
 
 
