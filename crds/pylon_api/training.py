@@ -752,11 +752,12 @@ class ConsensusSpec(Spec):
     weights went from those they last agreed on, a different part of the model after each step, so that a step takes
     about a localSteps-th of the bytes. Auto then takes the most exact codec that fits bytesPerStep. 1: gradients are
     exchanged instead, before each update. A single rank exchanges nothing either way."""
-    outer_rate: float = Field(default=0.7, gt=0, le=10)
+    outer_rate: float = Field(default=1.0, gt=0, le=10)
     """localSteps above 1 only: how far the shared weights go towards the mean of all ranks' weights, 1 being all the
     way."""
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off."""
+    outer_momentum: float = Field(default=0.0, ge=0, lt=1)
+    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off. m multiplies all steps by
+    1 / (1 - m) in the long run, so it wants optimizer.learningRate lower by as much."""
     error_feedback: bool = True
     """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
     gone."""
