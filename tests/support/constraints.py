@@ -108,6 +108,7 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
         }.items()
     },
     "spec.training.optimizer.momentum": {"spec.training.optimizer.name": "Muon"},
+    "spec.training.optimizer.curvatureSteps": {"spec.training.optimizer.name": "Sophia"},
     "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
     "spec.training.gating.routerLayers": {
         "spec.training.gating.granularity": "Sequence",
@@ -295,10 +296,17 @@ RULE_CASES = [
     Case("a file without a uri", {TOKENIZER: {"kind": "File"}}, "uri goes with kind File"),
     Case("moments of AdamW", {OPTIMIZER: {"beta1": 0.8, "beta2": 0.9, "epsilon": 1e-6}}),
     Case("a momentum of Muon", {OPTIMIZER: {"name": "Muon", "momentum": 0.9, "beta1": 0.8, "epsilon": 1e-6}}),
+    Case("a curvature", {OPTIMIZER: {"name": "Sophia", "curvatureSteps": 5, "beta2": 0.98}}),
+    Case("a curvature of AdamW", {OPTIMIZER: {"curvatureSteps": 5}}, "curvatureSteps goes with Sophia"),
+    Case(
+        "a curvature in few bytes",
+        {OPTIMIZER: {"name": "Sophia"}, CONSENSUS: {"codec": "Int8"}},
+        "optimizer Sophia needs consensus.codec Exact",
+    ),
     Case("a momentum of AdamW", {OPTIMIZER: {"momentum": 0.9}}, "momentum goes with Muon"),
-    Case("an epsilon of Lion", {OPTIMIZER: {"name": "Lion", "epsilon": 1e-6}}, "epsilon goes with AdamW or Muon"),
+    Case("an epsilon of Lion", {OPTIMIZER: {"name": "Lion", "epsilon": 1e-6}}, "epsilon goes with AdamW, Muon"),
     *(
-        Case(f"{field} of Adafactor", {OPTIMIZER: {"name": "Adafactor", field: 0.5}}, f"{field} goes with AdamW or")
+        Case(f"{field} of Adafactor", {OPTIMIZER: {"name": "Adafactor", field: 0.5}}, f"{field} goes with AdamW,")
         for field in ("beta1", "beta2", "epsilon")
     ),
     Case("steps", {f"{TRAINING}.schedule": {"steps": 1}}),
@@ -352,6 +360,18 @@ RULE_CASES = [
     ),
     Case("integers in turns", {CONSENSUS: {"codec": "Int4", "everySteps": 8}}),
     Case("a sketch in turns", {CONSENSUS: {"codec": "Sketch", "everySteps": 8}}, "everySteps needs codec Auto, Int8"),
+    Case("local steps", {CONSENSUS: {"codec": "Int4", "localSteps": 32, "outerRate": 1, "outerMomentum": 0}}),
+    Case(
+        "local steps and slow weights",
+        {f"{TRAINING}.optimizer": {"lookahead": {}}, CONSENSUS: {"localSteps": 8}},
+        "lookahead needs consensus.localSteps 1",
+    ),
+    Case("local steps of a sketch", {CONSENSUS: {"codec": "Sketch", "localSteps": 8}}, "localSteps needs codec Auto"),
+    Case(
+        "local steps in turns",
+        {CONSENSUS: {"codec": "Int4", "localSteps": 8, "everySteps": 2}},
+        "leave everySteps at 1",
+    ),
     Case("whole sequences", {GATING: {"granularity": "Sequence", "selection": "Top", "routerLayers": 2}}),
     Case(
         "whole sequences row by row",

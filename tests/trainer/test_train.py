@@ -153,6 +153,8 @@ def test_resonate_trains_with_every_gate(
         {"gating": {"strategy": "GradientNorm", "ratioControl": "Fixed"}},
         {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},
         {"consensus": {"codec": "Auto", "bytesPerStep": 7000}},
+        {"optimizer": {"name": "Sophia", "learningRate": 0.001, "curvatureSteps": 2, "lookahead": {"steps": 3}}},
+        {"consensus": {"codec": "Int4", "localSteps": 3}, "gating": {"strategy": "Loss", "ratioControl": "Fixed"}},
         {"model": ADAPTED},
     ],
 )
@@ -242,6 +244,22 @@ def test_a_run_goes_on_with_another_number_of_processes(
         assert float(loss) == pytest.approx(expected[step], abs=2e-5)
 
 
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_run_with_local_steps_goes_on_from_the_shared_weights_with_another_number_of_ranks(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    fields = {"consensus": {"codec": "Int8", "localSteps": 3}, "batch": {"sequences": 6}, "schedule": {"steps": 12}}
+    with monkeypatch.context() as patch:
+        stop_pod_in_step(patch, step=6, rank=0)
+        exit_code, first = run_pod(tmp_path, make_config(**fields))
+    assert exit_code == ExitCode.STOPPED, first.log
+    exit_code, pod = run_pod(tmp_path, make_config(attempt=2, processes=processes, **fields))
+    assert exit_code == 0, pod.log
+    assert min(pod.values("loss")) == 8
+    assert float(pod.values("loss")[8]) < float(first.values("loss")[1]) - 0.5, "it has not begun anew"
+    assert (pod.final.step, pod.final.healed_replicas, pod.final.skipped_steps) == (12, 0, 0)
+
+
 def test_what_ranks_kept_of_their_gradients_goes_to_another_number_of_ranks(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,19 +344,20 @@ def spoil(monkeypatch: pytest.MonkeyPatch, what: str, is_spoiled: Callable[[int]
 
 
 @pytest.mark.parametrize(
-    ("what", "told", "codec"),
+    ("what", "told", "consensus"),
     [
-        ("gradients", "gradients", "Exact"),
-        ("logits", "logits of 1 token(s)", "Exact"),
-        ("gradients", "gradients", "Auto"),
-        ("logits", "logits of 1 token(s)", "Int8"),
+        ("gradients", "gradients", {"codec": "Exact"}),
+        ("logits", "logits of 1 token(s)", {"codec": "Exact"}),
+        ("gradients", "gradients", {"codec": "Auto"}),
+        ("logits", "logits of 1 token(s)", {"codec": "Int8"}),
+        ("gradients", "gradients", {"codec": "Int4", "localSteps": 3}),
     ],
 )
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all_and_told(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str, told: str, codec: str
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, what: str, told: str, consensus: Any
 ) -> None:
     spoil(monkeypatch, what, lambda step: step in (3, 5))
-    exit_code, pod = run_pod(tmp_path, make_config(consensus={"codec": codec, "hashCheckSteps": 1}))
+    exit_code, pod = run_pod(tmp_path, make_config(consensus={**consensus, "hashCheckSteps": 1}))
     assert (exit_code, pod.final.skipped_steps) == (0, 2), pod.log
     assert pod.final.notices == [
         f"by step 4 an update was left out because {told} were not finite; skippedSteps counts on"

@@ -1,4 +1,4 @@
-"""The parts of one run and how they take a step together: forward and backward, exchange, clip and update."""
+"""The parts of one run and how they take a step together: forward and backward, exchange, clip and update, exchange."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.models.resonate.upkeep import Upkeep
+from pylon_trainer.optim.curvature import Curvature, build_curvature
 from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
@@ -46,6 +47,7 @@ class Run:
     optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
+    curvature: Curvature | None
     upkeep: Upkeep
     total_steps: int
     step: int = 0
@@ -67,18 +69,21 @@ class Run:
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
         learning_rate = self.config.training.optimizer.learning_rate * ratio
+        parts = self.micro_batches(batch)
         results = [
-            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
-            for part in self.micro_batches(batch)
+            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step) for part in parts
         ]
         before_update()
         self.exchange.exchange(named_gradients(self.parameters))
         gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
+        self.exchange.after_update(is_last=self.step + 1 == self.total_steps)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
         self.upkeep.end_step(self.step)
         self.tokens += global_tokens
+        if self.curvature:
+            self.curvature.follow(parts, global_tokens, self.step)
         return Update(results, gradient_norm, learning_rate)
 
 
@@ -92,6 +97,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
+    exchange = build_exchange(world, training, parameters)
+    replicas = exchange.replicas or {**parameters, **optimizer.tensors}
     return Run(
         config=config,
         world=world,
@@ -100,8 +107,9 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         training_step=build_step(model, training, world.device),
         parameters=parameters,
         optimizer=optimizer,
-        exchange=build_exchange(world, training, parameters),
-        agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
+        exchange=exchange,
+        agreement=Agreement(world, replicas, training.consensus.on_disagreement),
+        curvature=build_curvature(world, training, model, optimizer, parameters),
         upkeep=Upkeep(model, world, training.seed),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

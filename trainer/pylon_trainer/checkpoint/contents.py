@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylon_api.training import OptimizerName
 from pylon_trainer.checkpoint.manifest import Manifest, placeholders
 from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.consensus import divide_up
@@ -20,9 +21,16 @@ from pylon_trainer.errors import ConfigError
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.seeds import load_rng_state, reseed, rng_state
 
+LOCAL = "local"
+"""Key of the weights and optimizer state that a rank has for itself, where ranks take local steps."""
+
 
 def replicated(run: Run) -> dict[str, Any]:
-    """What every rank has alike. Its tensors are the run's own but for those of the gate. Collective."""
+    """What every rank has alike. Its tensors are the run's own but for those of the gate. Collective.
+
+    With local steps the weights are the shared ones, and a tensor of the optimizer is that of the rank which writes it:
+    a run of another size, or without local steps, goes on from them.
+    """
     return {
         **_live(run),
         "gate": run.training_step.state_dict(),
@@ -38,6 +46,7 @@ def own(run: Run) -> dict[str, Any]:
         "rng": rng_state(run.world.device),
         "exchange": run.exchange.state_dict(),
         "upkeep": run.upkeep.state_dict(),
+        **({LOCAL: _trained(run)} if run.exchange.replicas else {}),
     }
 
 
@@ -60,6 +69,9 @@ def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
             f"the weights that this machine generates from model.resonate.adaptation.baseSeed are not those that {uri} "
             f"was trained with; run the image that wrote it"
         )
+    had, asked = saved.get("optimizer", OptimizerName.ADAMW), wanted["optimizer"]
+    if had != asked:
+        raise ConfigError(f"training.optimizer.name is {asked}, but {uri} was trained with {had}")
     live = {part: manifest.replicated[part] for part in ("model", "optimizer")}
     shapes = {place["key"]: tuple(place["shape"]) for place in placeholders(live)}
     tensors = live_tensors(run)
@@ -87,6 +99,8 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
         reseed(run.config.training.seed, run.world.rank, run.step)
         mine = divide_up(kept, run.world.size)
     run.exchange.load_state_dict(mine["exchange"])
+    if is_same_size and run.exchange.replicas and LOCAL in owns[run.world.rank]:
+        _write(_trained(run), owns[run.world.rank][LOCAL])
     run.upkeep.load_state_dict(mine["upkeep"])
     is_same_data = bool(state["identity"]["data"] == _identity(run)["data"])
     if is_same_data:
@@ -95,7 +109,21 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
 
 
 def _live(run: Run) -> dict[str, Any]:
+    trained, replicas = _trained(run), run.exchange.replicas
+    return {**trained, "model": {name: replicas.get(name, tensor) for name, tensor in trained["model"].items()}}
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """Weights and optimizer state of this rank."""
     return {"model": _tensors(run.model), "optimizer": run.optimizer.state_dict()}
+
+
+@torch.no_grad()
+def _write(targets: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Values of tensors into those of the same names; what else there is stays."""
+    read = separate(values)[1]
+    for key, tensor in separate(targets)[1].items():
+        tensor.copy_(read[key])
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -112,6 +140,7 @@ def _identity(run: Run) -> dict[str, Any]:
     return {
         "model": training.model.to_wire(),
         "tokenizer": run.data.tokenizer.fingerprint,
+        "optimizer": training.optimizer.name.value,
         "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
         **({} if generated is None else {"generated": generated}),
     }
