@@ -142,6 +142,30 @@ class GateReport(Report):
         return "plain" if self.decision is GateDecision.PLAIN else f"{self.ratio:.2f}"
 
 
+class ControlReport(Report):
+    """What the controller of the Resonate architecture is doing. The trainer renews it once per log interval."""
+
+    update_limit: float
+    """Largest update of a block in one step that is let through, as a share of its weights."""
+    update_ratio: float | None = None
+    """Largest update of a block in the last step that was looked at, as a share of its weights, before the limit."""
+    kept_promise: float | None = None
+    """Share of the loss change which that step's gradients predicted that was seen on the same tokens; unset when too
+    little was predicted to tell."""
+    mlp_gain: float
+    """Regression of seen on predicted changes of the loss when advice changes at the ports to the MLPs; 1 at first."""
+    skip_gain: float
+    """The same at the ports to the state-space layers' skips."""
+    hyper_gain: float
+    """The same at the ports to the hyper-networks; stays 1 where there are none."""
+    checks: int = 0
+    """Changes of advice that were tried."""
+    wrong_signs: int = 0
+    """Of those, how many moved the loss the other way than predicted."""
+    held_until_step: int = 0
+    """Step from which advice may change again; in the past unless it is being held."""
+
+
 class Histogram(Report):
     """How many tokens fell into each bin since the attempt began."""
 
@@ -187,6 +211,8 @@ class TrainerStatus(Report):
     """What the gate is doing; unset without gating."""
     difficulty: DifficultyReport | None = None
     """How hard the tokens were; unset without gating."""
+    control: ControlReport | None = None
+    """What the controller is doing; unset without one."""
     bytes_per_step: int | None = None
     """Bytes that rank 0 exchanged with others per step, all in, the larger of sent and received; median of the last log
     interval."""

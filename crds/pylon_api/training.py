@@ -52,6 +52,17 @@ class ScanKernel(enum.StrEnum):
     PYTORCH = "PyTorch"
 
 
+class ControlSpec(Spec):
+    """A small network, the controller, that reads how training goes and advises the blocks by a vector (the resonance
+    vector), and a bound on how far one step may move a block. Every field can be left alone."""
+
+    outer_every_steps: int = Field(default=32, ge=8, le=64)
+    """Optimizer steps for which the advice stays as it is. At the end of each such turn the controller learns from one
+    more micro-batch and speaks anew."""
+    vector_size: int = Field(default=512, ge=8, le=4096)
+    """Numbers of the advice."""
+
+
 class Activation(enum.StrEnum):
     SILU = "Silu"
     GELU = "Gelu"
@@ -145,6 +156,14 @@ class AdaptationSpec(Spec):
         return min(self.allocated_rank, self.rank << min(doublings, 12))
 
 
+class StabilitySpec(Spec):
+    """Bounds on what a block adds to the residual stream."""
+
+    branch_norm_limit: float = Field(default=1.0, gt=0, le=1000)
+    """Largest norm of what a mixer, attention or MLP adds to a token, as a share of the token's own norm before; more
+    is scaled down to it."""
+
+
 class ResonateSpec(Spec):
     """What the Resonate architecture has of its own. Every field can be left alone."""
 
@@ -177,6 +196,10 @@ class ResonateSpec(Spec):
     scan_kernel: ScanKernel = ScanKernel.AUTO
     """Auto: Triton kernels on CUDA, else PyTorch. PyTorch: the scan in PyTorch's own operations, to compare with; with
     compile they are fused, and on CUDA slower than the kernels."""
+    control: ControlSpec | None = None
+    """The controller, and the ports by which its advice enters the blocks. Unset: there is none; {} takes defaults."""
+    stability: StabilitySpec | None = None
+    """Bounds on what a block adds to the residual stream. Unset: none."""
     adaptation: AdaptationSpec | None = None
     """Large linear layers with few learnt ranks beside weights that do not learn. Unset: all weights learn."""
 
@@ -894,6 +917,9 @@ class ExportSpec(Spec):
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
 
+_ONE_CONTROL = (
+    "model.resonate.control needs consensus.localSteps 1: its limit and its advice are for weights that all ranks share"
+)
 _ONE_SLOW_COPY = (
     "optimizer.lookahead needs consensus.localSteps 1: the shared weights of local steps are slow weights already"
 )
@@ -963,6 +989,11 @@ class TrainingSpec(Spec):
                 " || self.consensus.localSteps == 1",
                 _ONE_SLOW_COPY,
             ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.control)"
+                " || !has(self.consensus) || self.consensus.localSteps == 1",
+                _ONE_CONTROL,
+            ),
         )
     )
 
@@ -970,6 +1001,13 @@ class TrainingSpec(Spec):
     def _one_slow_copy(self) -> Self:
         if self.optimizer.lookahead is not None and self.consensus.local_steps > 1:
             raise ValueError(_ONE_SLOW_COPY)
+        return self
+
+    @model_validator(mode="after")
+    def _one_control(self) -> Self:
+        resonate = self.model.resonate
+        if resonate is not None and resonate.control is not None and self.consensus.local_steps > 1:
+            raise ValueError(_ONE_CONTROL)
         return self
 
     @model_validator(mode="after")
@@ -993,8 +1031,8 @@ class TrainingSpec(Spec):
         codec, local_steps = self.consensus.codec, self.consensus.local_steps
         if self.optimizer.name is OptimizerName.SOPHIA and (codec is not ConsensusCodec.EXACT or local_steps > 1):
             raise ValueError(
-                f"optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature so, "
-                f"not with {codec} and {local_steps}"
+                f"optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature "
+                f"so, not {codec} and {local_steps}"
             )
         return self
 

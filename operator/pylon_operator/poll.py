@@ -27,6 +27,7 @@ MOVING = {
     "tokens_per_second",
     "gate",
     "difficulty",
+    "control",
     "bytes_per_step",
     "bytes_per_step_peak",
     "step_seconds",

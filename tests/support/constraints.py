@@ -105,6 +105,11 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "activation": {},
             "binlopMinimumSlope": {},
             "scanKernel": {},
+            "control": {},
+            "control.outerEverySteps": {},
+            "control.vectorSize": {},
+            "stability": {},
+            "stability.branchNormLimit": {},
         }.items()
     },
     "spec.training.optimizer.momentum": {"spec.training.optimizer.name": "Muon"},

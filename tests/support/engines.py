@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from advice import open_ports
 from torch import Tensor
 
 from pylon_api.training import KvGradient, ModelSpec, RowActivations
@@ -38,9 +39,17 @@ ROW_ENGINES = ENGINES[1:]
 
 RESONATE: dict[str, Any] = {
     "architecture": "Resonate",
-    "resonate": {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 2, "attentionEvery": 3},
+    "resonate": {
+        "stateSize": 8,
+        "headWidth": 16,
+        "chunkTokens": 4,
+        "longConvolutionEvery": 2,
+        "attentionEvery": 3,
+        "control": {"vectorSize": 8},
+        "stability": {},
+    },
 }
-"""A model with every kind of block."""
+"""A model with every kind of block, and ports."""
 
 ADAPTED = {
     "architecture": "Resonate",
@@ -54,7 +63,7 @@ def model_of(**fields: object) -> Decoder:
     """A tiny model with weights large enough that a mistake shows."""
     torch.manual_seed(0)
     spec = {"layers": 3, "hidden_size": WIDTH, "heads": 2, "intermediate_size": 48, "initializer_std": 0.2}
-    return awaken(build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY))
+    return open_ports(awaken(build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)))
 
 
 def awaken(model: Decoder) -> Decoder:
@@ -177,7 +186,7 @@ def cut_hidden(
             def mix(self, mixer: Mixer, x: Tensor) -> Tensor:
                 return context.mix(mixer, at_rows(x))
 
-        return block(x_BTD, Cut(context.places, context.cos, context.sin, context.starts_BT, context.mask))
+        return block(x_BTD, Cut(**vars(context)))
 
     with autocast(bfloat16):
         context = model.context(batch.tokens_BT, batch.documents_BT)

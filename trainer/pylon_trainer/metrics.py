@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from pylon_api.base import Report
 from pylon_api.run import (
     CheckpointReport,
+    ControlReport,
     DifficultyReport,
     GateDecision,
     GateReport,
@@ -41,6 +42,20 @@ _GATE_GAUGES = {
     "retained_mass": "Share of all tokens' gradient norm that the hardest of them hold, as many as carry gradient.",
     "effective_token_share": "Plain tokens that one token of a gated batch is worth for the gradient's variance.",
     "saved_flops_ratio": "Share of a plain step's floating-point operations that a step spares.",
+}
+
+_CONTROL_GAUGES = {
+    "update_limit": "Largest update of a block in one step that is let through, as a share of its weights.",
+    "update_ratio": "Largest update of a block in the last step looked at, as a share of its weights.",
+    "kept_promise": "Share of the loss change predicted for a step that was seen.",
+    "mlp_gain": "Seen over predicted changes of the loss by advice at the ports to the MLPs.",
+    "skip_gain": "The same at the ports to the state-space layers' skips.",
+    "hyper_gain": "The same at the ports to the hyper-networks.",
+}
+
+_CONTROL_COUNTERS = {
+    "checks": "Changes of advice that were tried.",
+    "wrong_signs": "Of those, how many moved the loss the other way than predicted.",
 }
 
 _CHECKPOINT_GAUGES = {
@@ -78,6 +93,8 @@ class StatusCollector(Collector):
             yield from _saves(status.saves)
         if status.gate is not None:
             yield from _gate(status.gate)
+        if status.control is not None:
+            yield from _control(status.control)
         if status.difficulty is not None:
             yield from _difficulty(status.difficulty)
 
@@ -105,8 +122,12 @@ def _checkpoint(checkpoint: CheckpointReport) -> Iterator[Metric]:
 
 def _saves(saves: SaveReport) -> Iterator[Metric]:
     yield from _gauges("pylon_trainer_saves", _SAVE_GAUGES, saves)
-    for field, description in _SAVE_COUNTERS.items():
-        yield CounterMetricFamily(f"pylon_trainer_saves_{field}", description, value=getattr(saves, field))
+    yield from _counters("pylon_trainer_saves", _SAVE_COUNTERS, saves)
+
+
+def _control(control: ControlReport) -> Iterator[Metric]:
+    yield from _gauges("pylon_trainer_control", _CONTROL_GAUGES, control)
+    yield from _counters("pylon_trainer_control", _CONTROL_COUNTERS, control)
 
 
 def _gate(gate: GateReport) -> Iterator[Metric]:
@@ -131,6 +152,11 @@ def _gauges(prefix: str, descriptions: dict[str, str], report: Report) -> Iterat
         value = getattr(report, field)
         if value is not None:
             yield GaugeMetricFamily(f"{prefix}_{field}", description, value=value)
+
+
+def _counters(prefix: str, descriptions: dict[str, str], report: Report) -> Iterator[Metric]:
+    for field, description in descriptions.items():
+        yield CounterMetricFamily(f"{prefix}_{field}", description, value=getattr(report, field))
 
 
 def _histogram(name: str, description: str, histogram: Histogram) -> Metric:

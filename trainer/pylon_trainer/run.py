@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from pylon_api.run import RunConfig
 from pylon_trainer.consensus import Exchange
 from pylon_trainer.consensus.agreement import Agreement, refuse_disagreement
 from pylon_trainer.consensus.build import build_exchange
+from pylon_trainer.control import Control, build_control
 from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
@@ -47,6 +49,7 @@ class Run:
     optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
+    control: Control | None
     curvature: Curvature | None
     upkeep: Upkeep
     total_steps: int
@@ -74,13 +77,16 @@ class Run:
             self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step) for part in parts
         ]
         before_update()
-        self.exchange.exchange(named_gradients(self.parameters))
-        gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
+        gradients = named_gradients(self.parameters)
+        with self.control.around_update(self.step, parts[0], results, learning_rate) if self.control else nullcontext():
+            self.exchange.exchange(gradients)
+            gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
         self.exchange.after_update(is_last=self.step + 1 == self.total_steps)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
-        self.upkeep.end_step(self.step)
+        if self.upkeep.end_step(self.step) and self.control:
+            self.control.hold(self.step)
         self.tokens += global_tokens
         if self.curvature:
             self.curvature.follow(parts, global_tokens, self.step)
@@ -93,8 +99,10 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     make_deterministic()
     seed_everything(training.seed)
     model = build_model(training.model, vocab_size=data.vocab_size).to(world.device)
-    seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    training_step = build_step(model, training, world.device)
+    control = build_control(world, training, model, training_step, parameters)
+    seed_everything(training.seed, world.rank + 1)
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
     exchange = build_exchange(world, training, parameters)
@@ -104,11 +112,14 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         world=world,
         data=data,
         model=model,
-        training_step=build_step(model, training, world.device),
+        training_step=training_step,
         parameters=parameters,
         optimizer=optimizer,
         exchange=exchange,
-        agreement=Agreement(world, replicas, training.consensus.on_disagreement),
+        agreement=Agreement(
+            world, {**replicas, **(control.tensors if control else {})}, training.consensus.on_disagreement
+        ),
+        control=control,
         curvature=build_curvature(world, training, model, optimizer, parameters),
         upkeep=Upkeep(model, world, training.seed),
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),

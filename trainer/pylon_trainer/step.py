@@ -94,6 +94,11 @@ class TrainingStep(Protocol):
         """The loss alone, without gradients."""
         ...
 
+    def sense(self, batch: Batch, advice: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss of a micro-batch, gated or not, and its gradient at what the blocks are advised (a leaf that
+        the model reads). No parameter is part of the graph."""
+        ...
+
     def report(self) -> GateReport | None:
         """What the gate is doing, from figures that have reached the host already; None without a gate.
 

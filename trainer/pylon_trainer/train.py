@@ -127,6 +127,7 @@ def _log(run: Run, meter: Meter, board: Board) -> None:
         loss=reading.loss,
         tokens_per_second=reading.tokens_per_second,
         gate=gate,
+        control=run.control.report() if run.control else None,
         difficulty=reading.difficulty,
         bytes_per_step=reading.bytes_per_step,
         bytes_per_step_peak=reading.bytes_per_step_peak,

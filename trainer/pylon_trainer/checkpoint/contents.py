@@ -34,6 +34,7 @@ def replicated(run: Run) -> dict[str, Any]:
     return {
         **_live(run),
         "gate": run.training_step.state_dict(),
+        "control": run.control.state_dict() if run.control else None,
         "position": {"step": run.step, "tokens": run.tokens},
         "identity": _identity(run),
     }
@@ -91,6 +92,8 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
     """
     run.step, run.tokens = state["position"]["step"], state["position"]["tokens"]
     run.training_step.load_state_dict(state["gate"])
+    if run.control:
+        run.control.load_state_dict(state["control"])
     kept = [{part: rank.get(part, {}) for part in ("exchange", "upkeep")} for rank in owns]
     if is_same_size:
         load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)

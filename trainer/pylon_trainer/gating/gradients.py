@@ -6,7 +6,8 @@ parameters receive goes to a sink at once, so that no more than one piece's grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,19 @@ def go_back(
         if at_parameter is not None:
             sink(parameter, at_parameter)
     return received[: len(leaves)]
+
+
+@contextmanager
+def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """These parameters are constants in here."""
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_()
 
 
 class _Given(Function):

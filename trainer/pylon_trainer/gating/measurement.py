@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pylon_trainer.gating.ratio import Observation, rows_of
 from pylon_trainer.gating.selection import Rule, order
+from pylon_trainer.runtime.arrivals import Arrival
 from pylon_trainer.runtime.distributed import collective
 
 INTERVAL_STEPS = 8
@@ -80,21 +81,6 @@ class _Timed(NamedTuple):
     nanoseconds: Callable[[], int]
 
 
-class _UnderWay(NamedTuple):
-    """Figures of one interval on their way to the host; all 0 while there are none."""
-
-    sums: Tensor
-    """On the device."""
-    host: Tensor
-    event: torch.cuda.Event | None = None
-
-    def wait(self) -> list[int]:
-        """The figures, which have arrived long ago unless the device is an interval behind."""
-        if self.event is not None:
-            self.event.synchronize()
-        return [int(figure) for figure in self.host.tolist()]
-
-
 class Measurement:
     """Of one gate, step after step."""
 
@@ -106,7 +92,8 @@ class Measurement:
         self._sums = torch.zeros(2 + 3 * len(ratios) + INTERVAL_STEPS, dtype=torch.int64, device=device)
         """Micro-batches seen, ranks; by ratio: mass, share and time; by step of the interval: rows without a finite
         score."""
-        self._under_way = _UnderWay(torch.zeros_like(self._sums), torch.zeros(len(self._sums), dtype=torch.int64))
+        self._under_way = Arrival.of(torch.zeros_like(self._sums))
+        """Figures of one interval; all 0 while there are none."""
         self._step: tuple[float, Any] | None = None
         self._timed: list[_Timed] = []
         self._timed_before: list[_Timed] = []
@@ -160,7 +147,7 @@ class Measurement:
         of the device's work than the steps before this one."""
         return {
             "sums": _sum_over_ranks(self._sums.clone()),
-            "under_way": self._under_way.sums,
+            "under_way": self._under_way.figures,
             "timed": [[timed.ratio, timed.nanoseconds()] for timed in self._timed],
             "timed_before": [[timed.ratio, timed.nanoseconds()] for timed in self._timed_before],
         }
@@ -169,14 +156,13 @@ class Measurement:
         """What state_dict gave on any rank, of a gate with the same ratios."""
         # The sums are those of all ranks: one of them goes on with them.
         self._sums = state["sums"].to(self._device) * (rank == 0)
-        arrived = state["under_way"]
-        self._under_way = _UnderWay(arrived.to(self._device), arrived.cpu())
+        self._under_way = Arrival.of(state["under_way"].to(self._device))
         self._timed = [_restored(ratio, ns) for ratio, ns in state["timed"]]
         self._timed_before = [_restored(ratio, ns) for ratio, ns in state["timed_before"]]
         self._step = None
 
     def _arrived(self) -> tuple[Observation, int]:
-        seen, ranks, *figures = self._under_way.wait()
+        seen, ranks, *figures = map(int, self._under_way.wait())
         count = len(self._ratios)
         mass_R, share_R, ns_R = figures[:count], figures[count : 2 * count], figures[2 * count : 3 * count]
         nonfinite_I = figures[3 * count :]
@@ -198,13 +184,7 @@ class Measurement:
         own = [1, *[0] * 2 * len(self._ratios), *(medians_ns.get(ratio, 0) for ratio in self._ratios)]
         vector = self._sums.clone()
         vector[1 : 1 + len(own)] += torch.tensor(own, pin_memory=on_cuda).to(self._device, non_blocking=True)
-        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=on_cuda)
-        host.copy_(_sum_over_ranks(vector), non_blocking=True)
-        event = None
-        if on_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._under_way = _UnderWay(vector, host, event)
+        self._under_way = Arrival.of(_sum_over_ranks(vector))
         self._sums.zero_()
 
 

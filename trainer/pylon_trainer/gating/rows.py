@@ -38,6 +38,8 @@ class Rows:
     tokens: int
     """Of a sequence."""
     layout: Layout | Tiles
+    advice_PR: Tensor | None
+    """What ports are told."""
 
     @classmethod
     def of(cls, rows_K: Tensor, context: Context, tokens_BT: Tensor) -> Rows:
@@ -56,6 +58,7 @@ class Rows:
             sequences,
             tokens,
             lay_out(rows_K, starts_K, sequences, tokens),
+            context.advice_PR,
         )
 
     def narrow(self, kept_R: Tensor) -> Rows:
@@ -72,6 +75,7 @@ class Rows:
             self.sequences,
             self.tokens,
             lay_out(rows_R, starts_R, self.sequences, self.tokens),
+            self.advice_PR,
         )
 
     def sizes(self) -> list[tuple[Tensor, tuple[int, ...]]]:
@@ -107,7 +111,8 @@ class KeepingContext(Context):
 
     @classmethod
     def like(cls, context: Context, precision: torch.dtype | None, keeps_products: bool) -> KeepingContext:
-        return cls(context.places, context.cos, context.sin, context.starts_BT, context.mask, precision, keeps_products)
+        positions = context.places, context.cos, context.sin, context.starts_BT, context.mask
+        return cls(*positions, precision, keeps_products, advice_PR=context.advice_PR)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """As Context has it."""
@@ -141,7 +146,8 @@ class RecallingContext(Context):
 
     @classmethod
     def like(cls, context: Context, precision: torch.dtype | None, products: list[Product]) -> RecallingContext:
-        return cls(context.places, context.cos, context.sin, context.starts_BT, context.mask, precision, products)
+        positions = context.places, context.cos, context.sin, context.starts_BT, context.mask
+        return cls(*positions, precision, products, advice_PR=context.advice_PR)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """As Context has it."""
@@ -170,9 +176,9 @@ class RowContext(RecallingContext):
     ) -> RowContext:
         """All as the keeping context has it, of all tokens."""
         known = [Product(rows.take(output_BTD), weight) for output_BTD, weight in products]
-        return cls(
-            rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, list(offered), list(attended)
-        )
+        positions = rows.places_K, rows.cos_KE, rows.sin_KE
+        lists = list(offered), list(attended)
+        return cls(*positions, None, None, precision, known, rows, *lists, advice_PR=rows.advice_PR)
 
     def attend(self, q_1HKE: Tensor, k_1JKE: Tensor, v_1JKE: Tensor) -> Tensor:
         """1 x H x K x E. The rows' own keys and values stand for those among all that they equal, so that gradients
@@ -200,6 +206,6 @@ class RowContext(RecallingContext):
 
         def mix_rows(own_1KI: Tensor, all_BTI: Tensor) -> Tensor:
             x_NI = all_BTI.flatten(0, 1).index_copy(0, rows.rows_K, own_1KI.squeeze(0))
-            return rows.take(mixer.run(x_NI.view(all_BTI.shape), rows.starts_BT)[0])
+            return rows.take(mixer.run(x_NI.view(all_BTI.shape), rows.starts_BT, advice_PR=rows.advice_PR)[0])
 
         return recomputed(mix_rows, mixer, x_1KI, x_BTI)

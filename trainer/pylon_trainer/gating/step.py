@@ -21,7 +21,7 @@ from pylon_trainer.gating import difficulty
 from pylon_trainer.gating.cost import saved_flops_ratio
 from pylon_trainer.gating.engine import build_engine
 from pylon_trainer.gating.gate import Draws, build_gate
-from pylon_trainer.gating.gradients import accumulate, send_back
+from pylon_trainer.gating.gradients import accumulate, frozen, go_back, send_back
 from pylon_trainer.gating.head import Head
 from pylon_trainer.gating.ratio import PLAIN
 from pylon_trainer.gating.replay import Number, Runner, run_at_once
@@ -88,6 +88,19 @@ class PlainStep:
             drawn.append((weights_TV / torch.empty_like(weights_TV).exponential_()).argmax(-1))
         labels_BT = torch.where(batch.labels_BT == IGNORED, IGNORED, torch.stack(drawn))
         return dataclasses.replace(batch, labels_BT=labels_BT)
+
+    def sense(self, batch: Batch, advice: Tensor) -> tuple[Tensor, Tensor]:
+        """As TrainingStep has it."""
+        labels_N = batch.labels_BT.flatten()
+        tokens = (labels_N != IGNORED).sum().clamp_min(1)
+        weights_N = torch.ones_like(labels_N, dtype=torch.float32)
+        with frozen(self.model.parameters()):
+            advice.requires_grad_()
+            hidden_ND = self._hidden(batch)
+            loss_sum, gradient_ND, _, _ = self._head().backward(hidden_ND, labels_N, weights_N, tokens, accumulate)
+            (gradient,) = go_back(hidden_ND, gradient_ND, [], accumulate, advice)
+            advice.requires_grad_(False)
+        return loss_sum / tokens, gradient
 
     def report(self) -> GateReport | None:
         """None: there is no gate."""

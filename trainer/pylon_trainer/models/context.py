@@ -6,7 +6,7 @@ the other tokens, and the products that were computed before; and a cache (model
 tokens: its context remembers the earlier ones. Nothing else in a block may look across tokens.
 
 Shapes: B sequences, T tokens, D hidden width, H query heads, J key and value heads, E width of a head, I and O widths
-that a mixer takes and gives.
+that a mixer takes and gives, P kinds of ports, R size of the advice.
 """
 
 from __future__ import annotations
@@ -37,11 +37,16 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def run(
-        self, x_BTI: Tensor, starts_BT: Tensor | None = None, memory: Memory | None = None
+        self,
+        x_BTI: Tensor,
+        starts_BT: Tensor | None = None,
+        memory: Memory | None = None,
+        advice_PR: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         """B x T x O, and what later tokens need to know of these and those before.
 
         starts_BT: first place of each token's document, where memory begins anew. memory: of the tokens before.
+        advice_PR: as Context has it.
         """
 
 
@@ -66,6 +71,8 @@ class Context:
     attends."""
     holds_mixers: bool = field(default=False, kw_only=True)
     """Whether what lies within a mixer is held for the way back; where whole blocks run again, once is enough."""
+    advice_PR: Tensor | None = field(default=None, kw_only=True)
+    """P x R: what ports of each kind are told (models/ports.py); None where there are none."""
 
     @classmethod
     def of(
@@ -93,9 +100,10 @@ class Context:
         """What a mixer makes of all tokens, each with those before it in its document, B x T x O."""
         if self.holds_mixers:
             with torch.autocast(x_BTI.device.type, enabled=False):
-                return mixer.run(x_BTI, self.starts_BT)[0]
+                return mixer.run(x_BTI, self.starts_BT, advice_PR=self.advice_PR)[0]
         # The way back runs the mixer again from x_BTI, which is held anyway, so that nothing within it is held.
-        return recomputed(lambda x: mixer.run(x, self.starts_BT)[0], mixer, x_BTI)
+        inputs = (x_BTI,) if self.advice_PR is None else (x_BTI, self.advice_PR)
+        return recomputed(lambda x, advice=None: mixer.run(x, self.starts_BT, advice_PR=advice)[0], mixer, *inputs)
 
 
 def _mask(starts_BT: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class Block(nn.Module, ABC):
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         """Its layers that write to the residual stream."""
 
+    @abstractmethod
+    def open_ports(self, advice_size: int) -> None:
+        """Give it the ports by which advice of this size enters it (models/ports.py). Without, it takes none."""
+
 
 class Decoder(nn.Module, ABC):
     """`spec.layers` blocks over `vocab_size` tokens."""
@@ -139,8 +143,12 @@ class Decoder(nn.Module, ABC):
     def _recomputed(self, block: Block, x_BTD: Tensor, context: Context) -> Tensor:
         device = x_BTD.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        context = replace(context, holds_mixers=True)
-        return recomputed(lambda x: block(x, context), block, x_BTD, autocast=autocast)
+
+        def run(x_BTD: Tensor, advice_PR: Tensor | None = None) -> Tensor:
+            return block(x_BTD, replace(context, holds_mixers=True, advice_PR=advice_PR))
+
+        inputs = (x_BTD,) if context.advice_PR is None else (x_BTD, context.advice_PR)
+        return recomputed(run, block, *inputs, autocast=autocast)
 
     def initial_std(self, *, is_residual: bool) -> float:
         """Deviation that a matrix is drawn with; those that write to the residual stream shrink with depth (GPT-2,
@@ -158,6 +166,22 @@ class Decoder(nn.Module, ABC):
         for projection in (self.embedding_projection, self.output_projection):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=1 / math.sqrt(self.spec.embedding_rank))
+
+
+def norm_limit_of(spec: ModelSpec) -> float | None:
+    """On what a block's layers add to a token; None for none."""
+    stability = None if spec.resonate is None else spec.resonate.stability
+    return None if stability is None else stability.branch_norm_limit
+
+
+def add_branch(x_BTD: Tensor, branch_BTD: Tensor, norm_limit: float | None) -> Tensor:
+    """The residual stream with what a layer adds to it: to each token at most so many times its own norm."""
+    if norm_limit is None:
+        return x_BTD + branch_BTD
+    own_BT1, norm_BT1 = (torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x_BTD, branch_BTD))
+    # The square of the least norm is not 0, or gradients of a branch that adds nothing would not be numbers.
+    limited_BTD: Tensor = branch_BTD * (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+    return x_BTD + limited_BTD
 
 
 def plain_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.models.context import Context
-from pylon_trainer.models.decoder import Block, Decoder, plain_linear
+from pylon_trainer.models.decoder import Block, Decoder, add_branch, norm_limit_of, plain_linear
+from pylon_trainer.models.ports import Port, PortKind, norm_with
 
 GatedActivation = Callable[[Tensor, Tensor], Tensor]
 """activation(gate) * up, element by element; an nn.Module when it has parameters."""
@@ -42,11 +43,13 @@ class AttentionBlock(Block):
         self.attention = Attention(spec)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         self.mlp = GatedMLP(spec.hidden_size, intermediate_size(spec), activation)
+        self.port_mlp: Port | None = None
+        self.norm_limit = norm_limit_of(spec)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
-        updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
-        return updated_BTD
+        x_BTD = add_branch(x_BTD, self.attention(self.attention_norm(x_BTD), context), self.norm_limit)
+        normed_BTD = norm_with(self.mlp_norm, self.port_mlp, x_BTD, context)
+        return add_branch(x_BTD, self.mlp(normed_BTD, context), self.norm_limit)
 
     def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
         """What tokens offer to those that attend to them, each B x J x T x E."""
@@ -54,6 +57,10 @@ class AttentionBlock(Block):
 
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         return self.attention.output, self.mlp.down
+
+    def open_ports(self, advice_size: int) -> None:
+        """As Block has it."""
+        self.port_mlp = Port(PortKind.MLP, advice_size, 2 * self.mlp_norm.normalized_shape[0])
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from advice import open_ports
 from functorch.compile import make_boxed_func
 from pydantic import ValidationError
 from torch import Tensor
@@ -18,17 +19,18 @@ from pylon_trainer.models.resonate import scan
 from pylon_trainer.models.resonate.cache import Cache
 
 VOCABULARY = 97
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "scan": {},
     "long convolution": {"longConvolutionEvery": 1},
     "attention": {"attentionEvery": 1},
     "all three": {"longConvolutionEvery": 2, "attentionEvery": 3},
     "groups": {"groups": 2},
+    "ports": {"longConvolutionEvery": 2, "attentionEvery": 3, "control": {"vectorSize": 8}, "stability": {}},
 }
 every_kind = pytest.mark.parametrize("own", KINDS.values(), ids=KINDS.keys())
 
 
-def model_of(own: dict[str, int], **fields: object) -> Decoder:
+def model_of(own: dict[str, Any], **fields: object) -> Decoder:
     """A tiny model with weights large enough that a mistake shows."""
     torch.manual_seed(0)
     spec = {
@@ -40,7 +42,7 @@ def model_of(own: dict[str, int], **fields: object) -> Decoder:
         "initializerStd": 0.15,
         "resonate": {"stateSize": 8, "headWidth": 16, "chunkTokens": 4} | own,
     }
-    return build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)
+    return open_ports(build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY))
 
 
 def tokens_of(sequences: int, length: int) -> Tensor:
@@ -48,7 +50,7 @@ def tokens_of(sequences: int, length: int) -> Tensor:
 
 
 @every_kind
-def test_no_token_sees_a_later_one(own: dict[str, int]) -> None:
+def test_no_token_sees_a_later_one(own: dict[str, Any]) -> None:
     model = model_of(own)
     tokens_BT = tokens_of(1, 14)
     before = model(tokens_BT)
@@ -61,7 +63,7 @@ def test_no_token_sees_a_later_one(own: dict[str, int]) -> None:
 
 
 @every_kind
-def test_a_token_reaches_those_far_behind_it(own: dict[str, int]) -> None:
+def test_a_token_reaches_those_far_behind_it(own: dict[str, Any]) -> None:
     model = model_of(own)
     tokens_BT = tokens_of(1, 14)
     changed_BT = tokens_BT.clone()
@@ -70,7 +72,7 @@ def test_a_token_reaches_those_far_behind_it(own: dict[str, int]) -> None:
 
 
 @every_kind
-def test_isolated_documents_equal_each_document_alone(own: dict[str, int]) -> None:
+def test_isolated_documents_equal_each_document_alone(own: dict[str, Any]) -> None:
     model = model_of(own)
     lengths = [5, 1, 9, 3]
     tokens_BT = tokens_of(1, sum(lengths))
@@ -83,7 +85,7 @@ def test_isolated_documents_equal_each_document_alone(own: dict[str, int]) -> No
 
 @every_kind
 @pytest.mark.parametrize("parts", [[1] * 18, [7, 1, 1, 9], [17, 1]])
-def test_token_by_token_equals_all_at_once(own: dict[str, int], parts: list[int]) -> None:
+def test_token_by_token_equals_all_at_once(own: dict[str, Any], parts: list[int]) -> None:
     model = model_of(own)
     tokens_BT = tokens_of(2, 18)
     cache = Cache(model)
@@ -119,7 +121,7 @@ def without_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[...
     ("own", "documents", "span_chunks"),
     [
         (KINDS["groups"] | {"activation": "Binlop"}, False, 128),
-        (KINDS["all three"], True, 128),
+        (KINDS["ports"], True, 128),
         (KINDS["all three"], True, 2),
     ],
 )
@@ -147,7 +149,7 @@ def test_blocks_compile_without_a_graph_break(
 
 
 @every_kind
-def test_bfloat16_is_close_to_float32(own: dict[str, int]) -> None:
+def test_bfloat16_is_close_to_float32(own: dict[str, Any]) -> None:
     model = model_of(own, initializerStd=0.05)
     tokens_BT = tokens_of(2, 17)
     exact = model(tokens_BT)

@@ -59,6 +59,12 @@ class AdaptedBlock(Block):
         entered = self.adaptation.enter(offered, context)
         return *offered, *super().offers(x_BTD, entered)  # type: ignore[safe-super]  # the next base has it
 
+    def open_ports(self, advice_size: int) -> None:
+        """As Block has it."""
+        super().open_ports(advice_size)  # type: ignore[safe-super]  # the next base has it
+        if self.adaptation.hyper is not None:
+            self.adaptation.hyper.open_ports(advice_size)
+
 
 class Shared(nn.Module):
     """What all blocks of an adapted model share, each with the same modules among its own."""

@@ -70,7 +70,7 @@ class RememberingContext(Context):
     def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
         """As Context has it."""
         with torch.autocast(x_BTI.device.type, enabled=False):  # a mixer chooses its own precisions
-            y_BTO, memory = mixer.run(x_BTI, None, self._memory)
+            y_BTO, memory = mixer.run(x_BTI, None, self._memory, self.advice_PR)
         self.left.append(memory)
         return y_BTO
 

@@ -56,7 +56,8 @@ class Codebook(nn.Module):
     def forward(self, query: Tensor, context: Context) -> Tensor:
         """The mixture that a query ... x 2W asks for, ... x W, float32."""
         choice, weights = self.choose(query, context)
-        if torch.is_grad_enabled():  # once per step and token that carries gradient, in every engine
+        # Once per step and token that carries gradient, in every engine; not where the model is frozen.
+        if torch.is_grad_enabled() and self.atoms.requires_grad:
             self.counts.index_add_(0, choice.flatten(), torch.ones_like(self.counts[:1]).expand(choice.numel()))
         return (weights.unsqueeze(-2) @ F.embedding(choice, self.atoms)).squeeze(-2)
 
@@ -73,6 +74,14 @@ class Codebook(nn.Module):
         scores, pairs = sums.topk(count)
         choice = first.gather(-1, pairs // count) * size + second.gather(-1, pairs % count)
         return choice, scores.softmax(-1)
+
+    @torch.no_grad()
+    def use_entropy(self) -> Tensor:
+        """How evenly this rank, and all in the past, have used the atoms, scalar: 1 when all alike, 0 when only one."""
+        seen = self.counts + self.usage
+        shares = seen / seen.sum().clamp_min(1)
+        entropy: Tensor = torch.special.entr(shares).sum()
+        return entropy / math.log(len(shares))
 
     @torch.no_grad()
     def revive(self, counts: Tensor, seed: int) -> None:

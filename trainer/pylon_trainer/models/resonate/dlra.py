@@ -71,7 +71,8 @@ class AdaptedContext(Context):
 
     @classmethod
     def within(cls, inner: Context, scales: tuple[Tensor, ...]) -> AdaptedContext:
-        return cls(inner.places, inner.cos, inner.sin, inner.starts_BT, inner.mask, inner, scales)
+        positions = inner.places, inner.cos, inner.sin, inner.starts_BT, inner.mask
+        return cls(*positions, inner, scales, advice_PR=inner.advice_PR)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """As Context has it."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pylon_trainer.models.context import Context, Memory, Mixer
 from pylon_trainer.models.decoder import plain_linear
+from pylon_trainer.models.ports import Port, PortKind
 from pylon_trainer.models.resonate.codebook import Codebook
 from pylon_trainer.models.resonate.long_convolution import long_convolution
 
@@ -35,7 +36,11 @@ class Summary(Mixer):
         """E: logarithms of the exponents by which a token fades with each that follows."""
 
     def run(
-        self, x_BTI: Tensor, starts_BT: Tensor | None = None, memory: Memory | None = None
+        self,
+        x_BTI: Tensor,
+        starts_BT: Tensor | None = None,
+        memory: Memory | None = None,
+        advice_PR: Tensor | None = None,  # noqa: ARG002  a mean has no port
     ) -> tuple[Tensor, Memory]:
         """As Mixer has it, B x T x W of the same. Memory: the state B x E x 1 x W, float32."""
         exponents_E = self.log_rates.float().exp()
@@ -60,8 +65,13 @@ class HyperNetwork(nn.Module):
         self.query = plain_linear(width, 2 * width)
         self.codebook = codebook
         self.scales = plain_linear(width, layers * rank)
+        self.port_query: Port | None = None
         nn.init.normal_(self.input.weight, std=1 / math.sqrt(hidden_size))
         nn.init.zeros_(self.scales.weight)
+
+    def open_ports(self, advice_size: int) -> None:
+        """As Block has it."""
+        self.port_query = Port(PortKind.HYPER, advice_size, self.hidden.out_features)
 
     def offers(self, x_BTD: Tensor, context: Context) -> Tensor:
         """What tokens offer to later ones, B x T x W."""
@@ -70,6 +80,9 @@ class HyperNetwork(nn.Module):
     def forward(self, offered_BTW: Tensor, context: Context) -> tuple[Tensor, ...]:
         """Scales of each layer, B x T x R, from what all tokens offer."""
         summary_BTW = context.mix(self.summary, offered_BTW)
-        query = context.linear(self.query, F.silu(context.linear(self.hidden, summary_BTW)))
+        hidden_BTW = context.linear(self.hidden, summary_BTW)
+        if self.port_query is not None and context.advice_PR is not None:
+            hidden_BTW = hidden_BTW + self.port_query(context.advice_PR)
+        query = context.linear(self.query, F.silu(hidden_BTW))
         scales = 1 + context.linear(self.scales, self.codebook(query, context))
         return scales.chunk(self.layers, -1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Memory
+from pylon_trainer.models.ports import skip_with
 from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer, gated_norm
 from pylon_trainer.models.resonate.scan import Borders, by_spans, carry, chunks_of, where
 
@@ -47,7 +48,11 @@ class LongConvolution(StateMixer):
         self.norm_weight = nn.Parameter(torch.ones(inner))
 
     def run(
-        self, x_BTI: Tensor, starts_BT: Tensor | None = None, memory: Memory | None = None
+        self,
+        x_BTI: Tensor,
+        starts_BT: Tensor | None = None,
+        memory: Memory | None = None,
+        advice_PR: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         """As Mixer has it. Memory: the short convolution's last W - 1 inputs, and the state B x N x 1 x F, float32."""
         recent_BWF, state_BN1F = (None, None) if memory is None else memory
@@ -60,7 +65,8 @@ class LongConvolution(StateMixer):
         y_BTF, state_BN1F = long_convolution(
             values_BTF, exponents_N, gains_HN, self.own.chunk_tokens, starts_BT, state_BN1F
         )
-        y_BTF = y_BTF + self.skip.repeat_interleave(self.own.head_width) * values_BTF
+        skip_H = skip_with(self.skip, self.port_skip, advice_PR)
+        y_BTF = y_BTF + skip_H.repeat_interleave(self.own.head_width) * values_BTF
         return gated_norm(y_BTF, gate_BTF, self.norm_weight, self.own.groups, self.epsilon), (recent_BWF, state_BN1F)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Memory
+from pylon_trainer.models.ports import skip_with
 from pylon_trainer.models.resonate.kernel import scan
 from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer, gated_norm
 
@@ -47,7 +48,11 @@ class Mamba(StateMixer):
         self.norm_weight = nn.Parameter(torch.ones(inner))
 
     def run(
-        self, x_BTI: Tensor, starts_BT: Tensor | None = None, memory: Memory | None = None
+        self,
+        x_BTI: Tensor,
+        starts_BT: Tensor | None = None,
+        memory: Memory | None = None,
+        advice_PR: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         """As Mixer has it. Memory: the convolution's last W - 1 inputs, and the state B x H x N x P, float32."""
         own = self.own
@@ -67,7 +72,7 @@ class Mamba(StateMixer):
             starts_BT=starts_BT,
             state_BHNP=state_BHNP,
         )
-        y_BTHP = y_BTHP + self.skip[:, None] * values_BTHP
+        y_BTHP = y_BTHP + skip_with(self.skip, self.port_skip, advice_PR)[:, None] * values_BTHP
         y_BTO = gated_norm(y_BTHP.flatten(2), gate_BTO, self.norm_weight, own.groups, self.epsilon)
         return y_BTO, (recent_BWU, state_BHNP)
 

@@ -17,15 +17,20 @@ from torch import Tensor, nn
 
 from pylon_trainer.models.context import Context, Mixer
 from pylon_trainer.models.decoder import plain_linear
+from pylon_trainer.models.ports import Port
 
 
 class StateMixer(Mixer):
     """A mixer between its two projections."""
 
+    skip: Tensor
+    """H: share of each head's values that passes by the state."""
+
     def __init__(self, hidden_size: int, projected: int, inner: int) -> None:
         super().__init__()
         self.input = plain_linear(hidden_size, projected)
         self.output = plain_linear(inner, hidden_size)
+        self.port_skip: Port | None = None
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         (projected_BTI,) = self.offers(x_BTD, context)

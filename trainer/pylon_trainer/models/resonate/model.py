@@ -10,13 +10,16 @@ Shapes: B sequences, T tokens, D hidden width.
 from __future__ import annotations
 
 import enum
+from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylon_api.training import Activation, AdaptationSpec, Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Context
-from pylon_trainer.models.decoder import Block, Decoder
+from pylon_trainer.models.decoder import Block, Decoder, add_branch, norm_limit_of
+from pylon_trainer.models.ports import Port, PortKind, norm_with
 from pylon_trainer.models.resonate.adaptation import AdaptedBlock, Shared, adapt
 from pylon_trainer.models.resonate.binlop import Binlop
 from pylon_trainer.models.resonate.long_convolution import LongConvolution
@@ -28,12 +31,27 @@ from pylon_trainer.models.transformer import AttentionBlock, GatedActivation, Ga
 class Resonate(Decoder):
     """State-space blocks, with as many that attend or convolve as the spec asks for."""
 
+    advice_PR: Tensor | None
+
     def __init__(self, spec: ModelSpec, vocab_size: int) -> None:
         super().__init__(spec, vocab_size)
         self.shared: Shared | None = None
         """What its blocks share where their layers are adapted."""
         if (adaptation := _adaptation(spec)) is not None:
             self.shared, self.generated = adapt(self, adaptation)
+        control = (spec.resonate or ResonateSpec()).control
+        advice_PR = None if control is None else torch.zeros(len(PortKind), control.vector_size)
+        # What the controller last said: written in place, so that a recorded step finds it where it was, and part of
+        # the model, which it belongs to wherever that is used.
+        self.register_buffer("advice_PR", advice_PR)
+        if control is not None:
+            for block in self.blocks:  # after all else has drawn its weights, which so are those of a model without
+                block.open_ports(control.vector_size)
+
+    def context(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, *, first: int = 0) -> Context:
+        """As Decoder has it."""
+        context = super().context(tokens_BT, documents_BT, first=first)
+        return context if self.advice_PR is None else replace(context, advice_PR=self.advice_PR)
 
     def _block(self, number: int) -> Block:
         is_adapted = _adaptation(self.spec) is not None
@@ -62,11 +80,13 @@ class MixerBlock(Block):
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         self.mlp = GatedMLP(spec.hidden_size, intermediate_size(spec), activation_of(spec))
+        self.port_mlp: Port | None = None
+        self.norm_limit = norm_limit_of(spec)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), context)
-        updated_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD), context)
-        return updated_BTD
+        x_BTD = add_branch(x_BTD, self.mixer(self.mixer_norm(x_BTD), context), self.norm_limit)
+        normed_BTD = norm_with(self.mlp_norm, self.port_mlp, x_BTD, context)
+        return add_branch(x_BTD, self.mlp(normed_BTD, context), self.norm_limit)
 
     def offers(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, ...]:
         """As Block has it: the mixer's first projection, B x T x I."""
@@ -75,6 +95,11 @@ class MixerBlock(Block):
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         """As Block has it."""
         return self.mixer.output, self.mlp.down
+
+    def open_ports(self, advice_size: int) -> None:
+        """As Block has it."""
+        self.port_mlp = Port(PortKind.MLP, advice_size, 2 * self.mlp_norm.normalized_shape[0])
+        self.mixer.port_skip = Port(PortKind.SKIP, advice_size, len(self.mixer.skip))
 
 
 def activation_of(spec: ModelSpec) -> GatedActivation:

@@ -25,15 +25,20 @@ class Upkeep:
         self._shared = model.shared if isinstance(model, Resonate) else None
         self._world, self._seed = world, seed
 
-    def end_step(self, step: int) -> None:
-        """After the update of a step, from 1. Collective when a look at the codebook is due."""
+    def end_step(self, step: int) -> bool:
+        """After the update of a step, from 1; whether a part of the model has begun anew. Collective when a look at the
+        codebook is due."""
         if self._shared is None:
-            return
-        self._shared.ranks.grow(step)
+            return False
+        ranks = self._shared.ranks
+        ranks.grow(step)
+        grows = ranks.spec.rank_at(step) > ranks.spec.rank_at(step - 1)
         codebook = self._shared.codebook
         every = 0 if codebook is None else codebook.spec.revive_every_steps
-        if codebook is not None and every and step % every == 0:
-            codebook.revive(self._world.sum(codebook.counts), (self._seed << 32) + step)
+        if codebook is None or not every or step % every:
+            return grows
+        codebook.revive(self._world.sum(codebook.counts), (self._seed << 32) + step)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has counted; the rest is the model's. Not a copy."""
