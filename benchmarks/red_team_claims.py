@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from red_team_measures import (
     BELOW,
@@ -12,6 +11,7 @@ from red_team_measures import (
     Measure,
     Row,
     Rows,
+    by_recipe,
     least_speed_to,
     loss_to,
     most_activations_to,
@@ -35,7 +35,7 @@ FIELDS = {
     ),
     CONSENSUS: (
         *("codec", "ranks", "device", "parameters", "bytes_per_step_mean", "bytes_per_step_peak", "below_bf16_ddp"),
-        *("above_exact", "is_exact", "communication_fraction", "seed"),
+        *("above_exact", "is_exact", "communication_fraction", "learning_rate", "seed"),
     ),
     PROJECTION: ("codec", "ranks", "of_step_now"),
 }
@@ -176,16 +176,13 @@ def ablations(rows: Rows) -> list[dict[str, str]]:
 
 def recipes(rows: Rows) -> list[dict[str, str]]:
     """Every way to exchange that was measured, the fewest bytes first."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        key = (recipe_name(row), row["device"], row["ranks"], row["parameters"], row.get("learning_rate"))
-        groups.setdefault(key, []).append(row)
-    ordered = sorted(groups.values(), key=lambda runs: (-runs[0]["parameters"], runs[0]["bytes_per_step_mean"]))
+    ordered = sorted(by_recipe(rows), key=lambda runs: (-runs[0]["parameters"], runs[0]["bytes_per_step_mean"]))
     return [
         {
             "exchange": recipe_name(runs[0]),
             "ranks": f"{runs[0]['ranks']} {runs[0]['device']}",
             "parameters": f"{runs[0]['parameters']:,}",
+            "learning rate": f"{runs[0]['learning_rate']:g}",
             "bytes a step": f"{_mean(runs, 'bytes_per_step_mean'):,.0f}",
             "at most": f"{max(row['bytes_per_step_peak'] for row in runs):,.0f}",
             "below bf16": f"{_mean(runs, 'below_bf16_ddp'):.1f}x",

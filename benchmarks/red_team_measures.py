@@ -19,7 +19,10 @@ BYTES = 2_000_000
 BELOW = 100
 LEAST_PARAMETERS = 50_000_000
 """Of a model whose bytes count."""
-RECIPE = ("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate", "ranks", "parameters")
+RECIPE = (
+    *("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate"),
+    *("ranks", "device", "parameters", "steps", "tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -132,25 +135,32 @@ def of_best_recipe(field: str) -> Measure:
 def best_recipe(rows: Rows) -> list[Row] | None:
     """Its runs; where none keeps to the budget, those of the one with the fewest bytes. None: nothing of that size."""
     counted = [row for row in on_accelerator(rows) if row["parameters"] >= LEAST_PARAMETERS and not row["is_exact"]]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in counted:
-        groups.setdefault(tuple(row.get(field) for field in RECIPE), []).append(row)
-    if not groups:
-        return None
+    groups = by_recipe(counted)
     fitting = [
         runs
-        for runs in groups.values()
+        for runs in groups
         if all(row["bytes_per_step_mean"] <= BYTES and row["below_bf16_ddp"] >= BELOW for row in runs)
     ]
     if fitting:
         return min(fitting, key=lambda runs: statistics.mean(row["above_exact"] for row in runs))
-    return min(groups.values(), key=lambda runs: statistics.mean(row["bytes_per_step_mean"] for row in runs))
+    return min(groups, key=lambda runs: statistics.mean(row["bytes_per_step_mean"] for row in runs), default=None)
+
+
+def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
+    """Runs that differ in nothing but their seed."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(field) for field in RECIPE), []).append(row)
+    return list(groups.values())
 
 
 def recipe_name(row: Row) -> str:
-    """Its codec, and local steps if there are any."""
+    """Its codec, and what local steps it takes, if any, with outer rate and momentum."""
     local_steps = row.get("local_steps") or 1
-    return f"{row['codec']}, localSteps {local_steps}" if local_steps > 1 else str(row["codec"])
+    if local_steps == 1:
+        return str(row["codec"])
+    outer = [f"{row[field]:g}" for field in ("outer_rate", "outer_momentum") if row.get(field) is not None]
+    return f"{row['codec']}, localSteps {local_steps}" + (f", outer {' and '.join(outer)}" if outer else "")
 
 
 def uncounted_bytes(rows: Rows) -> Figure | None:
@@ -163,7 +173,7 @@ def uncounted_bytes(rows: Rows) -> Figure | None:
 
 
 def projected_share(ranks: int) -> Measure:
-    """Largest share of a step that arithmetic gives the collectives of any compressed recipe among so many ranks."""
+    """Least share of a step that arithmetic gives the collectives of any compressed recipe among so many ranks."""
 
     def measure(rows: Rows) -> Figure | None:
         shares = {

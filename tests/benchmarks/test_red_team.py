@@ -34,6 +34,7 @@ def exchange(codec: str, bytes_per_step: float, above_exact: float, **fields: An
     row = {"codec": codec, "ranks": 2, "device": "cuda", "parameters": 64_000_000, "is_exact": codec == "Exact"}
     row |= {"bytes_per_step_mean": bytes_per_step, "bytes_per_step_peak": bytes_per_step * 2, "seed": 0}
     row |= {"below_bf16_ddp": 128e6 / bytes_per_step, "above_exact": above_exact, "communication_fraction": 0.005}
+    row |= {"learning_rate": 1e-3}
     return row | fields
 
 
@@ -137,6 +138,19 @@ def test_one_recipe_must_meet_all_claims_of_consensus_at_once(
 ) -> None:
     found = verdicts(**{CONSENSUS: rows})
     assert (found[BYTES], found[ABOVE_EXACT]) == (of_bytes, of_loss)
+
+
+def test_exchanges_are_listed_by_recipe_over_their_seeds() -> None:
+    runs = [
+        exchange("Int4", 1e6, above, local_steps=8, outer_rate=rate, seed=seed)
+        for rate, seed, above in ((0.7, 0, 0.1), (0.7, 1, 0.2), (1.0, 0, 0.3))
+    ]
+    lines = red_team_claims.recipes([*runs, exchange("Exact", 128e6, 0.0)])
+    assert [(line["exchange"], line["above exact"], line["seeds"]) for line in lines] == [
+        ("Int4, localSteps 8, outer 0.7", "+15.00%", "2"),
+        ("Int4, localSteps 8, outer 1", "+30.00%", "1"),
+        ("Exact", "+0.00%", "1"),
+    ]
 
 
 def test_a_projection_is_called_one() -> None:

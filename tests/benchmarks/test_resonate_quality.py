@@ -107,7 +107,7 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.slow
 def test_attention_learns_to_recall() -> None:
-    task = replace(TASK, vocabulary=16, tokens=16, pairs=(2,), sequences=64, steps=400)
+    task = replace(TASK, vocabulary=16, tokens=16, pairs=(2,), sequences=64, steps=250)
     result = recall.train(VARIANTS["transformer"], task, 1e-2, 0, torch.device("cpu"), Compile.OFF)
     assert result.recall[2] > 0.5, "a guess among the values has 0.125"
 
