@@ -93,7 +93,7 @@ class AdaptationSpec(Spec):
     base: AdaptationBase = AdaptationBase.SEED
     """What W0 is. Zero: nothing; layers can write in as many directions as they have ranks. Seed: random, the same at
     every start, never learnt, sent or saved. Dense: learnt weights, from checkpoint.restoreFrom if it is set, which do
-    not change."""
+    not change, so that only what is added, norms, embeddings and the head learn."""
     base_seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """What base Seed is generated from."""
     rank: int = Field(default=8, ge=1, le=4096)
@@ -787,6 +787,12 @@ class ExportSpec(Spec):
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
 
+_DENSE_NEEDS_WEIGHTS = (
+    "model.resonate.adaptation.base Dense needs checkpoint.restoreFrom, a run of the same model without adaptation; "
+    "set base Seed to begin with random weights"
+)
+
+
 class TrainingSpec(Spec):
     """The whole recipe of a run. It cannot change while the job exists: make another job for another recipe."""
 
@@ -837,6 +843,12 @@ class TrainingSpec(Spec):
                 " || self.model.architecture == 'Transformer'",
                 "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
             ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || self.model.resonate.adaptation.base != 'Dense'"
+                " || (has(self.checkpoint) && has(self.checkpoint.restoreFrom))",
+                _DENSE_NEEDS_WEIGHTS,
+            ),
         )
     )
 
@@ -854,6 +866,14 @@ class TrainingSpec(Spec):
                 f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
                 f"the format has no form for it; set Disabled and use the checkpoint"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _dense_base_has_weights(self) -> Self:
+        adaptation = self.model.resonate and self.model.resonate.adaptation
+        has_weights = self.checkpoint is not None and self.checkpoint.restore_from is not None
+        if adaptation and adaptation.base is AdaptationBase.DENSE and not has_weights:
+            raise ValueError(_DENSE_NEEDS_WEIGHTS)
         return self
 
     @model_validator(mode="after")

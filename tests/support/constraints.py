@@ -83,6 +83,8 @@ def put(job: Json, path: Path, value: Any) -> None:
         node[last] = copy.deepcopy(value)
 
 
+ADAPTATION = "spec.training.model.resonate.adaptation"
+
 # What else must hold for a boundary value to be acceptable.
 COMPANIONS: dict[Path, dict[Path, Any]] = {
     "spec.nodes": {"spec.training.batch.sequences": 4096},
@@ -103,6 +105,20 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "attentionEvery": {"spec.training.model.layers": 1024},
             "longConvolutionEvery": {"spec.training.model.layers": 1024},
             "scanKernel": {},
+        }.items()
+    },
+    **{
+        f"{ADAPTATION}.{field}": {"spec.training.model.architecture": "Resonate"} | beside
+        for field, beside in {
+            "base": {},
+            "baseSeed": {},
+            "rank": {f"{ADAPTATION}.maximumRank": 4096, "spec.training.model.hiddenSize": 8192},
+            "maximumRank": {f"{ADAPTATION}.rank": 1, "spec.training.model.hiddenSize": 8192},
+            "growEverySteps": {},
+            "codebook.subKeys": {f"{ADAPTATION}.codebook.topK": 1},
+            "codebook.width": {},
+            "codebook.topK": {},
+            "codebook.reviveEverySteps": {},
         }.items()
     },
     "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
@@ -279,6 +295,45 @@ RULE_CASES = [
         "attention above the model",
         {f"{TRAINING}.model": {"architecture": "Resonate", "layers": 4, "resonate": {"attentionEvery": 5}}},
         "must not exceed layers",
+    ),
+    Case("adaptation as it is", {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"adaptation": {}}}}),
+    Case(
+        "a codebook as it is",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"adaptation": {"codebook": {}}}}},
+    ),
+    Case(
+        "as many ranks as hiddenSize",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"maximumRank": 128}},
+        "fewer ranks",
+    ),
+    Case(
+        "more ranks at first than at last",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 16, "maximumRank": 8}},
+        "must not exceed maximumRank",
+    ),
+    Case(
+        "as many ranks as hiddenSize that do not grow",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 128, "growEverySteps": 0}},
+        "fewer ranks",
+    ),
+    Case(
+        "ranks that do not grow",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 64, "growEverySteps": 0}},
+    ),
+    Case(
+        "more atoms to choose than sub-keys",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"codebook": {"topK": 5, "subKeys": 4}}},
+        "must not exceed subKeys",
+    ),
+    Case(
+        "an odd width of atoms",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"codebook": {"width": 63}}},
+        "must be a multiple of 4",
+    ),
+    Case(
+        "dense weights from nowhere",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Dense"}, RESTORE: REMOVED},
+        "needs checkpoint.restoreFrom",
     ),
     Case(
         "an export that has no form",
