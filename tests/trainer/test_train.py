@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from gangs import run_gang, run_pod, save_at_once
 
@@ -85,6 +86,12 @@ def newest(checkpoints: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in marker.parent.glob("rank-*.safetensors")}
 
 
+def weights(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint that all ranks have alike, by name."""
+    tensors = [safetensors.torch.load(data) for data in newest(checkpoints).values()]
+    return {name: tensor for part in tensors for name, tensor in part.items() if not name.startswith("own/")}
+
+
 def test_a_run_trains_evaluates_saves_samples_and_exports(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +148,40 @@ def test_resonate_trains_with_every_gate(gating: dict[str, Any], tmp_path: Path,
     assert losses[30] < losses[1] - 0.5
     assert pod.final.sample is not None
     assert pod.final.sample.startswith("Document ")
+
+
+def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at_once(monkeypatch)
+    plain = {"architecture": "Resonate", "resonate": {"headWidth": 8, "stateSize": 8, "chunkTokens": 4}}
+    exit_code, first = run_pod(tmp_path / "plain", make_config(model=plain))
+    assert exit_code == 0, first.log
+    before = weights(checkpoints)
+    place = {"uri": str(tmp_path / "tuned"), "restoreFrom": {"uri": str(checkpoints)}}
+    own = plain["resonate"] | {
+        "adaptation": {"base": "Dense", "rank": 2, "growEverySteps": 0, "codebook": {"width": 8}}
+    }
+    tuned = {"model": {**plain, "resonate": own}, "checkpoint": place, "schedule": {"steps": 12}}
+    exit_code, second = run_pod(tmp_path / "tuned", make_config(**tuned))
+    assert exit_code == 0, second.log
+    assert min(second.values("loss")) == 1
+    assert float(second.values("loss")[1]) == pytest.approx(float(first.values("loss")[8]), abs=0.3)
+    assert any("begins at step 0 with the weights of" in notice for notice in second.final.notices)
+    after = weights(tmp_path / "tuned" / "default" / "demo-12345678")
+    frozen = {f"model/blocks.0.{path}.weight" for path in ("mixer.input", "mixer.output", "mlp.gate", "mlp.down")}
+    for name in frozen:
+        assert torch.equal(before[name], after[name]), name
+    assert not torch.equal(before["model/norm.weight"], after["model/norm.weight"])
+    assert not any(f"optimizer/first_moments/{name.removeprefix('model/')}" in after for name in frozen)
+
+    place["restoreFrom"] = {"uri": str(checkpoints)}
+    tuned["model"] = {**tuned["model"], "hiddenSize": 32}
+    exit_code, third = run_pod(
+        tmp_path / "third", make_config(**{**tuned, "checkpoint": {**place, "uri": str(tmp_path / "third")}})
+    )
+    assert exit_code == ExitCode.BAD_CONFIG
+    assert "training.model.hiddenSize is 32" in third.report.message
 
 
 @pytest.mark.parametrize(
