@@ -18,7 +18,7 @@ from measure import Mark
 from torch import Tensor
 
 from pylon_api.training import Compile, OptimizerSpec
-from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.optim.optimizer import Optimizer
 
 State = dict[str, dict[str, Tensor]]
 """Group (model, first_moments, ...), name, tensor; not copies."""
@@ -79,7 +79,7 @@ class Training:
         self._batch = shape.batch(shape.sequences, device)
         self._training_step = step_of(model, device, Compile.DEFAULT if device.type == "cuda" else Compile.OFF, {})
         self._parameters = dict(model.named_parameters())
-        self._optimizer = AdamW(self._parameters, OptimizerSpec())
+        self._optimizer = Optimizer(self._parameters, OptimizerSpec())
         self._steps = 0
         moments = self._optimizer.state_dict()
         self.state: State = {

@@ -76,7 +76,7 @@ class SlabCheckpoint:
             own=[{}],
         )
         self._uploads += 1
-        self._writer.commit(self._uploads, self._uri, ATTEMPT, KEEP, name, manifest.dump())
+        self._writer.commit(self._uploads, self._uri, ATTEMPT, KEEP, name, manifest)
 
     def release(self) -> None:
         self._staging.release()

@@ -44,7 +44,7 @@ from pylon_trainer.consensus.build import build_exchange
 from pylon_trainer.consensus.compressed import CALIBRATION_STEPS, CompressedExchange
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import build_model
-from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.step import Batch, TrainingStep
@@ -205,7 +205,7 @@ class Laboratory:
         task, world = self._task, self._world
         training = self._training(codec)
         self._restart(seed)
-        optimizer = AdamW(self._parameters, training.optimizer)
+        optimizer = Optimizer(self._parameters, training.optimizer)
         exchange = build_exchange(world, training, self._parameters)
         peak_rate = task.learning_rate * (task.late_rate if exchange.smoothed else 1)
         step_bytes, step_ms, exchange_ms = [], [], []

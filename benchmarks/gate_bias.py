@@ -28,7 +28,7 @@ from torch import Tensor
 from pylon_api.training import DataSpec, GatingSpec, ModelSpec, OptimizerSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Transformer, build_model
-from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.step import Batch, TrainingStep
 
 MODEL = ModelSpec(layers=6, hidden_size=192, heads=6)
@@ -70,7 +70,7 @@ def step_of(model: Transformer, gating: dict[str, Any]) -> TrainingStep:
 
 
 def pretrain(model: Transformer, data: np.ndarray[Any, Any], steps: int) -> None:
-    plain, optimizer = step_of(model, {}), AdamW(dict(model.named_parameters()), OptimizerSpec())
+    plain, optimizer = step_of(model, {}), Optimizer(dict(model.named_parameters()), OptimizerSpec())
     for number in range(steps):
         result = plain.forward_backward(batch_of(data, number), global_tokens=SEQUENCES * TOKENS, step=number)
         optimizer.update(LEARNING_RATE * min(1.0, (number + 1) / 30) * (1 - 0.9 * number / steps))

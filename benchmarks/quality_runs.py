@@ -9,8 +9,9 @@ far as each gets.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,11 @@ from pylon_api.training import (
     ScheduleSpec,
     TrainingSpec,
 )
+from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating.replay import Replay
-from pylon_trainer.models import build_model
-from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.models import Decoder, build_model
+from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.step import Batch, TrainingStep
 
@@ -64,6 +66,8 @@ class Strategy:
     """Seconds that a run is given, as a multiple of the others'."""
     steps_of: str | None = None
     """Name of another strategy: train for as many steps as it took, however long that takes."""
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    """Its learning rate is the phase's."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,20 @@ class Outcome:
 class Laboratory:
     """One model on which every run takes place."""
 
-    def __init__(self, scale: Scale, corpus: Mapping[str, Ids], device: torch.device, compile: Compile) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        corpus: Mapping[str, Ids],
+        device: torch.device,
+        compile: Compile,
+        build: Callable[[], Decoder] | None = None,
+    ) -> None:
+        """build: makes the model, in place of the scale's Transformer."""
         self.scale = scale
         self._device = device
         self._compile = compile
-        self.model = build_model(ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY).to(device)
+        self._fresh_model = build or partial(build_model, ModelSpec.model_validate(scale.model), vocab_size=VOCABULARY)
+        self.model = self._fresh_model().to(device)
         self._parameters = dict(self.model.named_parameters())
         self._windows = {name: self._cut(ids) for name, ids in corpus.items()}
         self._plain = self._build({})
@@ -119,7 +132,7 @@ class Laboratory:
         """Build and compile its step; returns the seconds of one, warm. The model's weights are spoiled."""
         step = self._plain if not strategy.gating else self._build(strategy.gating)
         fresh = copy.deepcopy(step.state_dict())
-        optimizer = AdamW(self._parameters, OptimizerSpec())
+        optimizer = Optimizer(self._parameters, strategy.optimizer)
         batches = self._batches(strategy, kind, seed=0)
         warm = 0
         while warm < WARM_STEPS:
@@ -136,27 +149,24 @@ class Laboratory:
     def start(self, seed: int) -> Snapshot:
         """Fresh weights."""
         torch.manual_seed(seed)
-        fresh = build_model(ModelSpec.model_validate(self.scale.model), vocab_size=VOCABULARY)
-        return Snapshot({name: parameter.detach() for name, parameter in fresh.named_parameters()}, None)
+        return Snapshot({name: p.detach() for name, p in self._fresh_model().named_parameters()}, None)
 
     @torch.no_grad()
-    def _restore(self, snapshot: Snapshot) -> AdamW:
+    def _restore(self, snapshot: Snapshot, spec: OptimizerSpec) -> Optimizer:
         for name, parameter in self._parameters.items():
             parameter.copy_(snapshot.weights[name])
-        optimizer = AdamW(self._parameters, OptimizerSpec())
+        optimizer = Optimizer(self._parameters, spec)
         if snapshot.optimizer is not None:
-            state = optimizer.state_dict()
-            state["updates"].copy_(snapshot.optimizer["updates"])
-            for moments in ("first_moments", "second_moments"):
-                for name, moment in state[moments].items():
-                    moment.copy_(snapshot.optimizer[moments][name])
+            saved = separate(snapshot.optimizer)[1]
+            for key, tensor in separate(optimizer.state_dict())[1].items():
+                tensor.copy_(saved[key])
         return optimizer
 
     def train(
         self, strategy: Strategy, phase: Phase, seed: int, snapshot: Snapshot, steps: int | None = None
     ) -> tuple[Outcome, Snapshot]:
         """One run from a snapshot, and where it ended. With `steps`, that many instead of the phase's seconds."""
-        optimizer = self._restore(snapshot)
+        optimizer = self._restore(snapshot, strategy.optimizer)
         step, step_s = self._steps[strategy.name], self._step_s[strategy.name]
         step.load_state_dict(self._fresh[strategy.name])
         batches = self._batches(strategy, phase.kind, seed)
@@ -184,7 +194,7 @@ class Laboratory:
         return Outcome(loss, clock_s, done, tokens, int(gated) / max(tokens, 1), recompiles), end
 
     def _round(
-        self, step: TrainingStep, optimizer: AdamW, batches: Iterator[Batch], rates: list[float], *, first: int
+        self, step: TrainingStep, optimizer: Optimizer, batches: Iterator[Batch], rates: list[float], *, first: int
     ) -> tuple[float, Tensor]:
         """One step for each learning rate; the seconds they took together, and the tokens that carried gradient."""
         gated = torch.zeros((), dtype=torch.int64, device=self._device)

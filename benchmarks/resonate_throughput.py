@@ -30,7 +30,7 @@ from pylon_trainer.models import Decoder, Resonate, build_model
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.resonate.mamba import Mamba
 from pylon_trainer.models.resonate.model import MixerBlock
-from pylon_trainer.optim.adamw import AdamW
+from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.step import Batch
 
 GIB = 2**30
@@ -105,7 +105,7 @@ def measure(
     model = build(architecture, size, device, kernel)
     training_step = step_of(model, device, Compile.DEFAULT if device.type == "cuda" else Compile.OFF, {})
     parameters = dict(model.named_parameters())
-    optimizer = AdamW(parameters, OptimizerSpec())
+    optimizer = Optimizer(parameters, OptimizerSpec())
     tokens_BT = torch.randint(size.vocabulary, (max(1, size.tokens_of_step // tokens), tokens + 1))
     batch = Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()).to(device)
     marks = [Mark(device)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pylon_api.training import OptimizerSpec
 from pylon_trainer.models import Transformer
-from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.step import Batch
 
 ROUNDS = 4
@@ -55,7 +55,7 @@ class Bench:
         self.batch = batch
         self.device = batch.tokens_BT.device
         self._parameters = dict(model.named_parameters())
-        self._optimizer = AdamW(self._parameters, OptimizerSpec())
+        self._optimizer = Optimizer(self._parameters, OptimizerSpec())
         self._steps = 0
 
     def backward(self, kind: Kind) -> None:

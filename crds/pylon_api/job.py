@@ -286,7 +286,9 @@ class PylonJobStatus(Report):
     restarts_without_progress: int = Field(default=0, ge=0)
     """Restarts since the last newly committed checkpoint; failurePolicy.maxRestarts bounds it."""
     restart_checkpoint_step: int = Field(default=0, ge=0)
-    """Committed step at the last restart; a higher one is progress."""
+    """Committed step at the last restart; a higher one is progress, and so is any of a later attempt."""
+    restart_checkpoint_attempt: int = Field(default=0, ge=0)
+    """Attempt that had committed it."""
     ready: str = ""
     """Ready pods of all pods, as n/m."""
     pods_ready: int = Field(default=0, ge=0)
@@ -301,7 +303,7 @@ class PylonJobStatus(Report):
     suspend_requested_time: datetime | None = None
     """When the checkpoint before a suspend was asked for."""
     suspend_step: int | None = None
-    """Step at which it was asked for; the commit to wait for has at least this step."""
+    """Step at which it was asked for; the commit to wait for is of the current attempt and has at least this step."""
     training: TrainingProgress | None = None
     """How far training is."""
     checkpoint: CheckpointReport | None = None

@@ -73,6 +73,12 @@ class CheckpointReport(Report):
     size_bytes: int | None = None
     """Bytes of all its files."""
 
+    @property
+    def recency(self) -> tuple[int, int]:
+        """Attempt and step; greater for a newer one of the same job. Steps alone do not tell: an attempt that had to go
+        back to an older checkpoint commits steps anew."""
+        return self.attempt, self.step
+
 
 class SaveReport(Report):
     """How saving goes, in this attempt."""

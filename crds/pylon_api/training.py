@@ -51,6 +51,13 @@ class ScanKernel(enum.StrEnum):
     PYTORCH = "PyTorch"
 
 
+class Activation(enum.StrEnum):
+    SILU = "Silu"
+    GELU = "Gelu"
+    RELU = "Relu"
+    BINLOP = "Binlop"
+
+
 class AdaptationBase(enum.StrEnum):
     ZERO = "Zero"
     SEED = "Seed"
@@ -159,6 +166,12 @@ class ResonateSpec(Spec):
     long_convolution_every: int = Field(default=0, ge=0, le=1024)
     """Every so many blocks one convolves over the whole past with a learnt filter that does not depend on the tokens,
     instead of scanning; where attentionEvery falls on the same block, it attends. 1 makes all blocks so, 0 none."""
+    activation: Activation = Activation.SILU
+    """Of the gate in every MLP. Binlop: straight lines with two knees, odd and invertible, whose knees and slopes each
+    layer learns; of magnitude at least binlopMinimumSlope everywhere, so it never saturates."""
+    binlop_minimum_slope: float = Field(default=0.5, gt=0, lt=1)
+    """Binlop only: the least slope that it may learn. Near 1 it is almost the identity; a small one may bend as sharply
+    as a ReLU does on one side, and lets gradients vanish."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
     """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
     compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
@@ -339,25 +352,73 @@ class DataSpec(Spec):
 
 class OptimizerName(enum.StrEnum):
     ADAMW = "AdamW"
+    MUON = "Muon"
+    ADAFACTOR = "Adafactor"
+    LION = "Lion"
+
+
+_OPTIMIZERS_WITH = {
+    "beta1": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
+    "beta2": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
+    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON),
+    "momentum": (OptimizerName.MUON,),
+}
+"""Fields of an optimizer that not all optimizers have."""
+
+
+class LookaheadSpec(Spec):
+    """Slow weights that follow the optimizer's, and to which those return."""
+
+    steps: int = Field(default=5, ge=1, le=2**53)
+    """Updates between two meetings."""
+    ratio: float = Field(default=0.5, gt=0, le=1)
+    """Share of the way from the slow weights to the optimizer's at which they meet; 1 makes no difference."""
 
 
 class OptimizerSpec(Spec):
     """How gradients become updates."""
 
     name: OptimizerName = OptimizerName.ADAMW
-    """AdamW with decoupled weight decay; norms and embeddings' vectors of one dimension are not decayed."""
+    """AdamW: with decoupled weight decay. Muon: the matrices inside the network move by orthogonalised momentum, and
+    the rest by AdamW; AdamW's learning rates hold. Lion: by the sign of a momentum; wants a third to a tenth of AdamW's
+    learning rate and as much more weight decay. Adafactor: second moments by row and column alone; wants about 30 times
+    AdamW's learning rate, as steps go by the size of the weights. State in bytes a parameter: AdamW 8, Muon and Lion 4,
+    Adafactor none to speak of. None of them decays vectors, such as those of norms."""
     learning_rate: float = Field(default=3e-4, gt=0, le=10)
     """Peak learning rate."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
-    epsilon: float = Field(default=1e-8, gt=0, lt=1)
-    """Added to the root of the second moment."""
+    beta1: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of the first moment; not Adafactor's. Unset: 0.9."""
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of the second moment, with Lion of the momentum; not Adafactor's. Unset: 0.95, with Lion 0.99."""
+    epsilon: float | None = Field(default=None, gt=0, lt=1)
+    """Added to the root of the second moment, by AdamW and by Muon's AdamW. Unset: 1e-8."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Muon only: decay of the momentum of its matrices. Unset: 0.95."""
     weight_decay: float = Field(default=0.1, ge=0, le=10)
     """Decoupled weight decay per unit of learning rate; 0 switches it off."""
     gradient_clip_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
+    lookahead: LookaheadSpec | None = None
+    """Slow weights beside the optimizer's, with any of them, for 4 bytes a parameter more. Unset: none."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *(
+                rule(
+                    f"!has(self.{field}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
+                    f"{field} goes with {' or '.join(names)}, and with no other optimizer",
+                )
+                for field, names in _OPTIMIZERS_WITH.items()
+            )
+        )
+    )
+
+    @model_validator(mode="after")
+    def _fields_are_of_this_optimizer(self) -> Self:
+        for field, names in _OPTIMIZERS_WITH.items():
+            if getattr(self, field) is not None and self.name not in names:
+                raise ValueError(f"{field} goes with {' or '.join(names)}, not with {self.name}: leave it out")
+        return self
 
 
 class ScheduleKind(enum.StrEnum):

@@ -134,7 +134,7 @@ def _read_progress(job: PylonJob, trainer: TrainerStatus | None, pods: tuple[Pod
     known = [status.checkpoint, *(report.checkpoint for report in reports)]
     committed = [checkpoint for checkpoint in known if checkpoint]
     if committed:
-        newest_checkpoint = max(committed, key=lambda checkpoint: (checkpoint.attempt, checkpoint.step))
+        newest_checkpoint = max(committed, key=lambda checkpoint: checkpoint.recency)
         status = status.model_copy(update={"checkpoint": newest_checkpoint})
     return restart.forgive(status)
 

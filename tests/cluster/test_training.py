@@ -24,6 +24,7 @@ from waiting import wait_for
 from pylon_api import names
 from pylon_api.job import PylonJob
 from pylon_operator.local.pods import PodRunner as ProcessRunner
+from pylon_trainer.checkpoint.manifest import MANIFEST, Manifest
 
 pytestmark = pytest.mark.usefixtures("crd", "operator")
 helm = pytest.importorskip("helm_python", reason="Helm's engine is packaged for Linux only")
@@ -154,6 +155,46 @@ def test_a_killed_pod_restarts_the_gang_from_the_committed_step(
     said = r"Step \d+ at file://\S+-attempt-000002-\w+, [\d.]+ kB, committed at [-\d]+ [:\d]+ UTC"
     assert re.fullmatch(said, job.condition("CheckpointReady")[2])
     assert all(pod.startswith("tree-a2-") for pod in nodes.live_pods(namespace)), "one gang lives"
+
+
+@pytest.mark.slow
+def test_resonate_in_few_bytes_goes_on_after_a_killed_pod(
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+) -> None:
+    """examples/resonate.yaml, small, in 2 pods of 2 processes. What the exchange has not sent yet goes on as well."""
+    nodes.add("node-0", "node-1", gpus=8)
+    example = yaml.safe_load((ROOT / "examples" / "resonate.yaml").read_text())["spec"]["training"]
+    spec = manifest(text, tmp_path, steps=ENDLESS, nodes=2, processesPerNode=2)
+    spec["spec"]["training"] |= {
+        "model": example["model"] | {"layers": 2, "hiddenSize": 64, "resonate": {"attentionEvery": 2}},
+        "consensus": {"codec": "Auto", "bytesPerStep": 12_000, "hashCheckSteps": 10, "onDisagreement": "Stop"},
+    }
+    job = apply(spec)
+    committed = job.wait_for_commit()
+    before = job.seen.status.training
+    assert before is not None
+    assert before.loss is not None
+    victim = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a1-1"))
+
+    nodes.kill_pod(namespace, victim)
+
+    job.wait(lambda seen: "-attempt-000002-" in seen.status.checkpoint.uri, "attempt 2 trains and commits")
+    seen = job.seen.status
+    assert (seen.restarts, seen.failures[0].pod, seen.failures[0].exit_code) == (1, victim, 137)
+    assert seen.checkpoint is not None
+    assert seen.training is not None
+    assert seen.training.bytes_per_step is not None
+    assert 0 < seen.training.bytes_per_step <= 12_000
+    assert seen.training.skipped_steps == 0
+    rank_zero = next(pod for pod in nodes.live_pods(namespace) if pod.startswith("tree-a2-0"))
+    log = nodes.logs(namespace, rank_zero)
+    assert restored_step(log) >= committed
+    losses = [float(loss) for loss in re.findall(r" loss=([\d.]+)", log)]
+    assert losses[0] < before.loss + 0.3, "it goes on, and does not begin anew: a uniform guess has 5.5"
+    assert losses[-1] < 4.0
+    saved = Manifest.parse(Path(seen.checkpoint.uri.removeprefix("file://"), MANIFEST).read_bytes())
+    counted = [own["exchange"]["steps"] for own in saved.own]
+    assert counted == [saved.step] * 4, "no rank's exchange has begun anew"
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def full_job() -> Json:
     }
     job["spec"]["training"] |= {
         "model": {},
-        "optimizer": {},
+        "optimizer": {"lookahead": {}},
         "batch": {},
         "gating": {},
         "consensus": {},
@@ -104,6 +104,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "chunkTokens": {},
             "attentionEvery": {"spec.training.model.layers": 1024},
             "longConvolutionEvery": {"spec.training.model.layers": 1024},
+            "activation": {},
+            "binlopMinimumSlope": {},
             "scanKernel": {},
         }.items()
     },
@@ -121,6 +123,7 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "codebook.reviveEverySteps": {},
         }.items()
     },
+    "spec.training.optimizer.momentum": {"spec.training.optimizer.name": "Muon"},
     "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
     "spec.training.gating.routerLayers": {
         "spec.training.gating.granularity": "Sequence",
@@ -233,6 +236,7 @@ def _short(value: Any) -> str:
 TRAINING = "spec.training"
 TOKENIZER = f"{TRAINING}.data.tokenizer"
 CONSENSUS = "spec.training.consensus"
+OPTIMIZER = f"{TRAINING}.optimizer"
 GATING = f"{TRAINING}.gating"
 FALLING = {"ratioControl": "Fixed", "tokenRatio": 0.5, "finalTokenRatio": 0.25, "decaySteps": 100}
 NAME = "metadata.name"
@@ -344,6 +348,14 @@ RULE_CASES = [
     Case("bytes with a uri", {TOKENIZER: {"kind": "Bytes", "uri": "t.json"}}, "uri goes with kind File"),
     Case("a uri alone", {TOKENIZER: {"uri": "t.json"}}, "uri goes with kind File"),
     Case("a file without a uri", {TOKENIZER: {"kind": "File"}}, "uri goes with kind File"),
+    Case("moments of AdamW", {OPTIMIZER: {"beta1": 0.8, "beta2": 0.9, "epsilon": 1e-6}}),
+    Case("a momentum of Muon", {OPTIMIZER: {"name": "Muon", "momentum": 0.9, "beta1": 0.8, "epsilon": 1e-6}}),
+    Case("a momentum of AdamW", {OPTIMIZER: {"momentum": 0.9}}, "momentum goes with Muon"),
+    Case("an epsilon of Lion", {OPTIMIZER: {"name": "Lion", "epsilon": 1e-6}}, "epsilon goes with AdamW or Muon"),
+    *(
+        Case(f"{field} of Adafactor", {OPTIMIZER: {"name": "Adafactor", field: 0.5}}, f"{field} goes with AdamW or")
+        for field in ("beta1", "beta2", "epsilon")
+    ),
     Case("steps", {f"{TRAINING}.schedule": {"steps": 1}}),
     Case("tokens", {f"{TRAINING}.schedule": {"tokens": 1}}),
     Case("steps and tokens", {f"{TRAINING}.schedule": {"steps": 1, "tokens": 1}}, "exactly one of steps and tokens"),

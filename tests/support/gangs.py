@@ -1,4 +1,4 @@
-"""Whole gangs for tests: real launchers, workers, signals and gloo, but forked from the test's process.
+"""Whole gangs for tests: real launchers, workers, signals and gloo, but most of them forked from the test's process.
 
 Forking spares every process the import of torch, and lets a test change what a worker does by patching it first: a
 rank that dies at an exact point needs no sleeps. test_launcher.py starts one gang as pods do, by command line.
@@ -30,6 +30,9 @@ from pylon_trainer.runtime import processes
 
 DEADLINE_SECONDS = 90.0
 """A gang that has not ended by then hangs; generous, because test machines are busy."""
+
+SPAWNED_DEADLINE_SECONDS = 180.0
+"""More, because each process imports torch by itself and may compile kernels for the device."""
 
 
 def fork(run: Callable[[], Any]) -> int:
@@ -181,6 +184,19 @@ def spawn_pod(directory: Path, config: dict[str, Any]) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def run_spawned_pod(directory: Path, config: dict[str, Any]) -> tuple[int, Pod]:
+    """Spawn a pod and wait for it: for runs on a device, which nothing forked from a process that used it can use."""
+    process = spawn_pod(directory, config)
+    try:
+        output, errors = process.communicate(timeout=SPAWNED_DEADLINE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        raise AssertionError(f"the pod in {directory} hangs:\n{output}{errors}") from None
+    (directory / "log").write_text(output + errors)
+    return process.returncode, Pod(process.pid, directory)
 
 
 def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

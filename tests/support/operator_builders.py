@@ -37,8 +37,8 @@ def a_job(*, name: str = "demo", training: dict[str, Any] | None = None, **spec:
     )
 
 
-def a_checkpoint(step: int) -> CheckpointReport:
-    return CheckpointReport(step=step, uri=f"s3://bucket/runs/step-{step}")
+def a_checkpoint(step: int, attempt: int = 1) -> CheckpointReport:
+    return CheckpointReport(step=step, attempt=attempt, uri=f"s3://bucket/runs/step-{step}")
 
 
 def a_trainer(attempt: int = 1, step: int = 10, **fields: Any) -> TrainerStatus:

@@ -56,6 +56,13 @@ class Shorten(Fault):
 
 
 @dataclass
+class Flip(Fault):
+    """One bit of the answer is not as the server sent it."""
+
+    method: str = "GET"
+
+
+@dataclass
 class Misstate(Fault):
     """The answer to HEAD names a wrong length."""
 
@@ -84,11 +91,14 @@ class FaultyStore:
     requests: list[str] = field(default_factory=list)
     """Each as "PUT /bucket/key?query", in the order in which they came."""
     answered: list[str] = field(default_factory=list)
+    connections: list[object] = field(default_factory=list)
+    """That by which each of the requests came."""
 
     def reset(self) -> None:
         self.faults.clear()
         self.requests.clear()
         self.answered.clear()
+        self.connections.clear()
 
     def count(self, method: str, holds: str = "") -> int:
         """How many requests of a method came whose path and query hold some text."""
@@ -97,6 +107,7 @@ class FaultyStore:
     async def _pass(self, request: web.Request) -> web.StreamResponse:
         line = f"{request.method} {request.path_qs}"
         self.requests.append(line)
+        self.connections.append(request.transport)
         fault = next((fault for fault in self.faults if fault.fits(request)), None)
         if fault is not None:
             fault.times -= 1
@@ -129,6 +140,8 @@ class FaultyStore:
             content = re.sub(listed.encode(), b"", content, flags=re.DOTALL)
         if isinstance(fault, Shorten):
             content = content[:-5]
+        if isinstance(fault, Flip):
+            content = content[:-1] + bytes([content[-1] ^ 1])
         if request.method == "HEAD":
             length = int(answer.headers.get("content-length", 0)) + (1 if isinstance(fault, Misstate) else 0)
             return web.Response(status=answer.status, headers={**headers, "content-length": str(length)})

@@ -47,7 +47,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     [
         ("attempt", 0, ["attempt", "greater than or equal to 1", "0"]),
         ("nodes", "many", ["nodes", "many"]),
-        ("surprise", 1, ["surprise", "unknown field"]),
+        ("surprise", 1, ["surprise", "unknown field", "are operator and trainer image of one version of Pylon?"]),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(

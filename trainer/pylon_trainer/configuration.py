@@ -22,7 +22,9 @@ def read_config(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
         first, *others = describe(error)
-        raise ConfigError(f"{path}: {first}" + (f" (and {len(others)} more)" if others else "")) from error
+        more = f" (and {len(others)} more)" if others else ""
+        # The operator has checked it against these same models, if it has the same.
+        raise ConfigError(f"{path}: {first}{more}; are operator and trainer image of one version of Pylon?") from error
     _check_batch(config)
     return config
 

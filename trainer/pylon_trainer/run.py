@@ -16,7 +16,7 @@ from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.models.resonate.upkeep import Upkeep
-from pylon_trainer.optim.adamw import AdamW, named_gradients
+from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
@@ -43,7 +43,7 @@ class Run:
     model: Decoder
     training_step: TrainingStep
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: AdamW
+    optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
     upkeep: Upkeep
@@ -91,7 +91,7 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     seed_everything(training.seed, world.rank + 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
-    optimizer = AdamW(parameters, training.optimizer)
+    optimizer = Optimizer(parameters, training.optimizer)
     return Run(
         config=config,
         world=world,

@@ -14,8 +14,7 @@ MAX_BACKOFF_SECONDS = 3600
 
 def forgive(status: PylonJobStatus) -> PylonJobStatus:
     """`status` with a fresh budget if a checkpoint was committed since the last restart."""
-    committed = status.checkpoint.step if status.checkpoint else 0
-    if committed > status.restart_checkpoint_step:
+    if _committed(status) > (status.restart_checkpoint_attempt, status.restart_checkpoint_step):
         return status.model_copy(update={"restarts_without_progress": 0})
     return status
 
@@ -35,13 +34,20 @@ def exhausted(status: PylonJobStatus, policy: FailurePolicy) -> Reason | None:
 def count(status: PylonJobStatus, action: FailureAction) -> PylonJobStatus:
     """`status` with one more restart on the books."""
     counted = action is FailureAction.RESTART
+    attempt, step = _committed(status)
     return status.model_copy(
         update={
             "restarts": status.restarts + 1,
             "restarts_without_progress": status.restarts_without_progress + counted,
-            "restart_checkpoint_step": status.checkpoint.step if status.checkpoint else 0,
+            "restart_checkpoint_attempt": attempt,
+            "restart_checkpoint_step": step,
         }
     )
+
+
+def _committed(status: PylonJobStatus) -> tuple[int, int]:
+    """Attempt and step of the newest checkpoint."""
+    return status.checkpoint.recency if status.checkpoint else (0, 0)
 
 
 def backoff_seconds(status: PylonJobStatus, policy: FailurePolicy) -> int:

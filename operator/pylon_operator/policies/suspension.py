@@ -42,10 +42,12 @@ def _saves(spec: PylonJobSpec) -> bool:
 
 
 def step_to_save(status: PylonJobStatus, trainer: TrainerStatus | None) -> int:
-    """The least step whose commit answers a request made now: the trainer's own, else any newer than the last."""
+    """The least step of the current attempt whose commit answers a request made now: the trainer's own, else any newer
+    than its last."""
     if trainer:
         return trainer.step
-    return status.checkpoint.step + 1 if status.checkpoint else 0
+    checkpoint = status.checkpoint
+    return checkpoint.step + 1 if checkpoint and checkpoint.attempt == status.attempt else 0
 
 
 def remaining_seconds(spec: PylonJobSpec, status: PylonJobStatus, now: datetime) -> float:
@@ -58,4 +60,4 @@ def _committed(status: PylonJobStatus, trainer: TrainerStatus | None) -> bool:
     if status.checkpoint is None or status.suspend_step is None:
         return False
     pending = trainer.checkpoint_requested_step if trainer else None
-    return status.checkpoint.step >= max(status.suspend_step, pending or 0)
+    return status.checkpoint.recency >= (status.attempt, max(status.suspend_step, pending or 0))

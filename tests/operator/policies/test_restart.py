@@ -6,15 +6,22 @@ import pytest
 from operator_builders import NOW, a_checkpoint
 
 from pylon_api.job import FailureAction, FailurePolicy, FailureRecord, PylonJobStatus
+from pylon_api.run import CheckpointReport
 from pylon_operator.policies import restart
 
 
-def status(spent: int, *steps: int | None, checkpoint: int = 0, at_restart: int = 0) -> PylonJobStatus:
+def status(
+    spent: int,
+    *steps: int | None,
+    checkpoint: CheckpointReport | None = None,
+    at_restart: CheckpointReport | None = None,
+) -> PylonJobStatus:
     return PylonJobStatus(
         restarts=spent,
         restarts_without_progress=spent,
-        restart_checkpoint_step=at_restart,
-        checkpoint=a_checkpoint(checkpoint) if checkpoint else None,
+        restart_checkpoint_attempt=at_restart.attempt if at_restart else 0,
+        restart_checkpoint_step=at_restart.step if at_restart else 0,
+        checkpoint=checkpoint,
         failures=[FailureRecord(attempt=n, reason="Internal", step=step, time=NOW) for n, step in enumerate(steps, 1)],
     )
 
@@ -37,8 +44,20 @@ def test_budget(max_restarts: int, spent: int, steps: list[int | None], reason: 
     assert restart.exhausted(status(spent, *steps), FailurePolicy(max_restarts=max_restarts)) == reason
 
 
-@pytest.mark.parametrize(("checkpoint", "at_restart", "left"), [(0, 0, 3), (100, 100, 3), (100, 50, 0), (50, 100, 3)])
-def test_only_a_new_commit_is_progress(checkpoint: int, at_restart: int, left: int) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint", "at_restart", "left"),
+    [
+        (None, None, 3),
+        (a_checkpoint(100), a_checkpoint(100), 3),
+        (a_checkpoint(100), a_checkpoint(50), 0),
+        (a_checkpoint(50), a_checkpoint(100), 3),
+        pytest.param(a_checkpoint(60, attempt=2), a_checkpoint(100), 0, id="after going back to an older one"),
+        pytest.param(a_checkpoint(100), a_checkpoint(60, attempt=2), 3, id="a report that comes late"),
+    ],
+)
+def test_only_a_new_commit_is_progress(
+    checkpoint: CheckpointReport | None, at_restart: CheckpointReport | None, left: int
+) -> None:
     known = status(3, checkpoint=checkpoint, at_restart=at_restart)
     assert restart.forgive(known).restarts_without_progress == left
 
@@ -47,9 +66,9 @@ def test_only_a_new_commit_is_progress(checkpoint: int, at_restart: int, left: i
     ("action", "without_progress"), [(FailureAction.RESTART, 3), (FailureAction.RESTART_FREELY, 2)]
 )
 def test_free_restarts_do_not_count(action: FailureAction, without_progress: int) -> None:
-    counted = restart.count(status(2, checkpoint=100, at_restart=50), action)
+    counted = restart.count(status(2, checkpoint=a_checkpoint(100, attempt=4), at_restart=a_checkpoint(50)), action)
     assert (counted.restarts, counted.restarts_without_progress) == (3, without_progress)
-    assert counted.restart_checkpoint_step == 100
+    assert (counted.restart_checkpoint_attempt, counted.restart_checkpoint_step) == (4, 100)
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,22 @@ def test_waits_for_the_commit_within_bounds(
     committed: int | None, trainer: TrainerStatus | None, waited: float, move: Move
 ) -> None:
     status = PylonJobStatus(
+        attempt=1,
         suspend_requested_time=ago(waited),
         suspend_step=40,
         checkpoint=a_checkpoint(committed) if committed else None,
     )
     assert next_move(a_job(checkpoint_timeout_seconds=120).spec, status, trainer, NOW) is move
+
+
+def test_a_higher_step_of_an_earlier_attempt_answers_nothing() -> None:
+    """This attempt had to go back to an older checkpoint, because that one was damaged."""
+    status = PylonJobStatus(attempt=2, suspend_requested_time=ago(10), suspend_step=60, checkpoint=a_checkpoint(100))
+    trainer = a_trainer(attempt=2, step=60, checkpoint_requested_step=61)
+    assert next_move(a_job().spec, status, trainer, NOW) is Move.WAIT
+    assert step_to_save(status, None) == 0
+    saved = status.model_copy(update={"checkpoint": a_checkpoint(61, attempt=2)})
+    assert next_move(a_job().spec, saved, trainer, NOW) is Move.STOP
 
 
 @pytest.mark.parametrize(
@@ -61,5 +72,5 @@ def test_waits_for_the_commit_within_bounds(
 def test_what_is_asked_for_is_newer_than_what_is_saved(
     trainer: TrainerStatus | None, committed: int | None, step: int
 ) -> None:
-    status = PylonJobStatus(checkpoint=a_checkpoint(committed) if committed else None)
+    status = PylonJobStatus(attempt=1, checkpoint=a_checkpoint(committed) if committed else None)
     assert step_to_save(status, trainer) == step

@@ -10,6 +10,7 @@ from saved_checkpoints import Run, restore
 
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.audit import audit
+from pylon_trainer.checkpoint.second_look import LOOKS
 from pylon_trainer.checkpoint.storage import Storage
 
 FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "manifest.json", "COMMITTED"]
@@ -64,6 +65,31 @@ def test_any_change_to_any_file_falls_back_and_says_where(
         assert file in notice
     path.write_bytes(data)
     assert restored_step(storage, []) == 2
+
+
+@pytest.mark.parametrize(("bad_looks", "step"), [(LOOKS - 1, 2), (LOOKS, 1)])
+@pytest.mark.parametrize("file", FILES)
+def test_only_what_is_bad_in_every_look_is_damaged(
+    storage: Storage, newest: Path, monkeypatch: pytest.MonkeyPatch, file: str, bad_looks: int, step: int
+) -> None:
+    read, read_into, looks = Storage.read, Storage.read_into, []
+
+    def is_spoiled(path: str) -> bool:
+        looks.extend([path] * (path == f"{newest.name}/{file}"))
+        return path == f"{newest.name}/{file}" and len(looks) <= bad_looks
+
+    def spoiled_read(storage: Storage, path: str) -> bytes:
+        data = read(storage, path)
+        return data[::-1] if is_spoiled(path) else data
+
+    def spoiled_read_into(storage: Storage, path: str, offset: int, buffer: memoryview) -> None:
+        read_into(storage, path, offset, buffer)
+        if offset == 0 and is_spoiled(path):
+            buffer[0] ^= 1
+
+    monkeypatch.setattr(Storage, "read", spoiled_read)
+    monkeypatch.setattr(Storage, "read_into", spoiled_read_into)
+    assert restored_step(storage, []) == step
 
 
 @pytest.mark.parametrize("file", FILES)

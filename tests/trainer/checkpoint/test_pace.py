@@ -40,7 +40,7 @@ class Life:
                 self.now + seconds,
                 self.training_seconds + seconds,
             )
-            self.pace.step_ended(self.training_seconds, is_quiet=not self.is_saving)
+            self.pace.step_ended(self.training_seconds, Reach.STORE if self.is_saving else Reach.NOWHERE)
             if self.is_saving:
                 self.pace.save_ended(write_seconds)
             self.is_saving = reach is Reach.STORE
@@ -69,6 +69,21 @@ def test_by_cost(make_config: MakeConfig) -> None:
     assert second.live(LEARNING_STEPS, cost_seconds=0.5) == [600 + LEARNING_STEPS]
     second.live(1, cost_seconds=0.5)
     assert second.pace.interval_steps == pytest.approx(50 / 2**0.5, abs=1.5)
+
+
+def test_what_was_asked_for_and_given_up_is_tried_again_ever_later_and_then_left_to_the_next_due(
+    make_config: MakeConfig,
+) -> None:
+    life = Life(make_config())
+    tries = []
+    for second in range(600):
+        life.now = 1000.0 + second
+        if life.pace.may_answer:
+            tries.append(second)
+            life.pace.request_failed()
+    assert tries == [0, 1, 11, 71]
+    life.pace.save_ended(write_seconds=1.0)
+    assert life.pace.may_answer
 
 
 def test_no_interval_is_shorter_than_a_save_takes(make_config: MakeConfig) -> None:

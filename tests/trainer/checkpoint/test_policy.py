@@ -91,13 +91,22 @@ def test_no_other_interval_loses_less_time_than_youngs(seconds: float) -> None:
 def test_a_checkpoint_costs_what_it_adds_to_the_steps_that_it_overlaps() -> None:
     costs = Costs()
     for seconds in (40.0, 5.0, 2.0, 1.0, 1.0, 1.0):  # the first ones compile
-        costs = costs.after_step(seconds, is_quiet=True)
+        costs = costs.after_step(seconds, NOWHERE)
     for seconds in (1.5, 1.25, 1.0):
-        costs = costs.after_step(seconds, is_quiet=False)
+        costs = costs.after_step(seconds, STORE)
     costs = costs.after_save(3.75)
     assert (costs.step_seconds, costs.save_seconds, costs.write_seconds) == (1.0, 0.75, 3.75)
-    costs = costs.after_step(0.5, is_quiet=False).after_save(1.0)
+    costs = costs.after_step(0.5, STORE).after_save(1.0)
     assert costs.save_seconds == 0.375, "a step that was shorter by chance costs nothing, and is no gain"
+
+
+def test_a_checkpoint_for_the_nodes_alone_costs_those_for_the_store_nothing() -> None:
+    costs = Costs()
+    for seconds in (40.0, 5.0, 2.0, 1.0):
+        costs = costs.after_step(seconds, NOWHERE)
+    for seconds, overlapped in ((9.0, NODES), (1.5, STORE), (9.0, NODES)):
+        costs = costs.after_step(seconds, overlapped)
+    assert (costs.step_seconds, costs.after_save(2.0).save_seconds) == (1.0, 0.5)
 
 
 def test_the_interval_in_force_is_the_shortest() -> None:

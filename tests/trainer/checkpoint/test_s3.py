@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import s3fs
-from s3_faults import CutAnswer, CutRequest, Fault, FaultyStore, Hide, HoldBack, Misstate, Refuse, Shorten
+from s3_faults import CutAnswer, CutRequest, Fault, FaultyStore, Flip, Hide, HoldBack, Misstate, Refuse, Shorten
 from s3_server import ENVIRONMENT
 
 from pylon_trainer.checkpoint import s3 as s3_module
 from pylon_trainer.checkpoint.archive import Archive
-from pylon_trainer.checkpoint.manifest import Manifest
+from pylon_trainer.checkpoint.audit import read_part
+from pylon_trainer.checkpoint.manifest import Manifest, Part, checksum
 from pylon_trainer.checkpoint.retries import RETRY_DELAYS_SECONDS
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.errors import ConfigError, StorageError
@@ -232,6 +233,18 @@ def test_a_range_that_is_not_there_is_told_at_once(
     with pytest.raises(error):
         storage.read_into(path, offset, memoryview(bytearray(20)))
     assert waits == []
+
+
+def test_what_looks_damaged_is_read_again_over_another_connection(s3: FaultyStore, storage: Storage) -> None:
+    upload(storage, "step/file")
+    part = Part(0, 0, PART_BYTES, checksum(DATA[:PART_BYTES]))
+    s3.reset()
+    s3.faults.append(Flip(holds="step/file"))
+    data = memoryview(bytearray(PART_BYTES))
+    read_part(storage, "step/file", part, data)
+    assert bytes(data) == DATA[:PART_BYTES]
+    first, second = s3.connections
+    assert first is not second
 
 
 @pytest.mark.parametrize("fault", [Refuse(), CutRequest(), CutAnswer(), Misstate(method="HEAD")], ids=repr)

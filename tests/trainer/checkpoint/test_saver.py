@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from gangs import Pod, run_gang, run_pod, save_at_once, spawn_pod, start_gang, write_within
+from gangs import Pod, run_gang, run_pod, run_spawned_pod, save_at_once, spawn_pod, start_gang, write_within
 
 from pylon_api.names import ExitCode
 from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.disk import DiskUpload
+from pylon_trainer.checkpoint.manifest import Manifest
+from pylon_trainer.checkpoint.restore import _Reader
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.checkpoint.writer_process import WriterProcess
-from pylon_trainer.errors import StorageError
+from pylon_trainer.errors import ConfigError, StorageError
 from pylon_trainer.gating import gate, measurement
 from pylon_trainer.run import Run
+from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import reseed
+from pylon_trainer.status import Board
 
 if TYPE_CHECKING:
     from s3_faults import FaultyStore
@@ -113,6 +117,32 @@ def test_a_run_killed_while_saves_are_under_way_goes_on_bit_for_bit(
     assert all(path.joinpath("COMMITTED").exists() for path in checkpoints.glob("step-*")), "leftovers are cleaned up"
 
 
+@pytest.mark.parametrize("reads_its_own", [True, False])
+def test_what_a_rank_has_for_itself_goes_to_no_other_rank(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, reads_its_own: bool
+) -> None:
+    recipe = {"schedule": {"steps": 8}, "checkpoint": {"intervalSteps": 4}}
+    save_at_once(monkeypatch)
+    with monkeypatch.context() as patch:
+        before_steps(patch, lambda run: run.step == 5 and die())
+        run_pod(tmp_path, make_config(**recipe))
+    share_out, broadcast_tensor = _Reader._share_out, World.broadcast_tensor
+
+    def swapped(reader: _Reader, manifest: Manifest) -> dict[str, Any]:
+        return {file: copy._replace(rank=1 - copy.rank) for file, copy in share_out(reader, manifest).items()}
+
+    def guarded(world: World, tensor: torch.Tensor, source: int) -> None:
+        assert tensor.dtype != torch.uint8, "a generator's state"
+        broadcast_tensor(world, tensor, source)
+
+    monkeypatch.setattr(World, "broadcast_tensor", guarded)
+    if not reads_its_own:
+        monkeypatch.setattr(_Reader, "_share_out", swapped)
+    exit_code, pod = run_pod(tmp_path, make_config(attempt=2, **recipe))
+    assert exit_code == 0, pod.log
+    assert min(losses(pod)) == 5
+
+
 def test_a_run_goes_on_with_three_ranks_and_then_with_one(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,31 +168,39 @@ def test_a_run_goes_on_with_three_ranks_and_then_with_one(
     assert "is of 3 ranks, this run of 1: generators begin anew" in pods[2].log
 
 
-@pytest.mark.gpu
-def test_a_run_on_a_gpu_goes_on_bit_for_bit_and_on_a_cpu_nearly_so(
-    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "gpus",
+    [
+        pytest.param(0, marks=pytest.mark.slow, id="cpu"),
+        pytest.param(1, marks=pytest.mark.gpu, id="gpu"),
+    ],
+)
+def test_a_run_goes_on_bit_for_bit_where_it_began_and_on_a_cpu_nearly_so(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, gpus: int
 ) -> None:
-    if torch.cuda.device_count() == 0:  # is_available could begin to use the device, which the forks below must do
+    """Pods are spawned, for the tests before this one may have used the device."""
+    if gpus > torch.cuda.device_count():
         pytest.skip("needs a CUDA device")
-    save_at_once(monkeypatch)
     recipe = {
         "processes": 1,
         "gating": GATING,
         "schedule": {"steps": 12},
         "checkpoint": {"intervalSteps": 4, "keep": 9},
     }
-    exit_code, whole = run_pod(tmp_path / "whole", make_config(gpus=1, **recipe))
+    exit_code, whole = run_spawned_pod(tmp_path / "whole", make_config(gpus=gpus, **recipe))
     assert exit_code == 0, whole.log
     expected = files(newest(checkpoints))
     for marker in checkpoints.glob("step-*-attempt-000001-*/COMMITTED"):
         if "step-000000000004" not in str(marker):
             marker.unlink()
-    for attempt, gpus in ((2, 1), (3, 0)):
-        exit_code, pod = run_pod(tmp_path / "parts", make_config(attempt=attempt, gpus=gpus, **recipe))
+    for attempt, here in ((2, gpus), (3, 0)):
+        place = tmp_path / f"attempt-{attempt}"
+        exit_code, pod = run_spawned_pod(place, make_config(attempt=attempt, gpus=here, **recipe))
         assert exit_code == 0, pod.log
-        assert min(losses(pod)) == 5
+        assert min(losses(pod)) == 5, pod.log
         assert losses(pod) == pytest.approx({step: loss for step, loss in losses(whole).items() if step > 4}, abs=0.02)
-        if gpus:
+        if here == gpus:
             assert files(newest(checkpoints)) == expected
         for marker in checkpoints.glob(f"step-*-attempt-{attempt:06d}-*/COMMITTED"):
             marker.unlink()
@@ -275,6 +313,17 @@ def test_when_a_writer_dies_its_save_is_given_up_and_the_next_one_commits(
     assert "step=6 checkpoint given up: the writer process ended by signal 9" in pod.log
 
 
+def test_a_rank_leaves_the_text_of_manifests_to_its_writer(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For thousands of tensors it takes longer than many a step; the writer's process knows nothing of this patch."""
+    monkeypatch.setattr(Manifest, "dump", lambda _: die())
+    local = {"local": {"directory": str(tmp_path / "ssd")}}
+    exit_code, pod = run_pod(tmp_path, make_config(checkpoint={"intervalSteps": 100, **local}))
+    assert exit_code == 0, pod.log
+    assert (committed(checkpoints), committed(on_disk(tmp_path))) == ([8], [8])
+
+
 def test_while_a_store_is_out_of_reach_training_goes_on(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +344,64 @@ def test_while_a_store_is_out_of_reach_training_goes_on(
     assert (pod.final.saves.failed, pod.final.saves.failed_in_row, pod.final.saves.failure) == (2, 0, "")
     assert pod.log.count("checkpoint given up: cannot write") == 2
     assert len(losses(pod)) == 8
+
+
+@pytest.mark.parametrize("keeps_on_disks", [False, True])
+def test_credentials_that_have_expired_at_the_last_save_are_no_fault_of_the_configuration(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, keeps_on_disks: bool
+) -> None:
+    upload = Storage.upload
+
+    def expired(storage: Storage, path: str, *arguments: Any, **named: Any) -> Any:
+        if storage.uri == str(checkpoints) and "step-000000000008" in path:
+            raise ConfigError(f"cannot write {storage.uri}/{path}: credentials missing or refused (ExpiredToken)")
+        return upload(storage, path, *arguments, **named)
+
+    save_at_once(monkeypatch)
+    write_within(monkeypatch)
+    monkeypatch.setattr(Storage, "upload", expired)
+    local = {"local": {"directory": str(tmp_path / "ssd")}} if keeps_on_disks else {}
+    exit_code, pod = run_pod(tmp_path, make_config(processes=1, checkpoint={"intervalSteps": 4, **local}))
+    assert exit_code == ExitCode.STORAGE, pod.log
+    assert "credentials missing or refused (ExpiredToken); the newest kept is of step " in pod.report.message
+    kept = newest(on_disk(tmp_path) if keeps_on_disks else checkpoints)
+    assert pod.report.message.endswith(f" of step {8 if keeps_on_disks else 4}, in {kept}")
+
+
+@pytest.mark.parametrize(("refusals", "steps"), [(3, [7, 30]), (99, [30])])
+def test_what_was_asked_for_and_given_up_is_tried_again_a_few_times(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusals: int,
+    steps: list[int],
+) -> None:
+    upload, begin_step = Storage.upload, Board.begin_step
+    refused: set[str] = set()
+
+    def unreachable(storage: Storage, path: str, *arguments: Any, **named: Any) -> Any:
+        if path in refused or ("step-000000000030" not in path and len(refused) < refusals):
+            refused.add(path)
+            raise StorageError(f"cannot write {storage.uri}/{path}: connection refused")
+        return upload(storage, path, *arguments, **named)
+
+    def ask(board: Board, step: int) -> bool:
+        is_asked = begin_step(board, step)
+        if step == 3:
+            board.request_checkpoint()
+        return is_asked
+
+    save_at_once(monkeypatch)
+    write_within(monkeypatch)
+    monkeypatch.setattr("pylon_trainer.checkpoint.policy.REQUEST_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(Storage, "upload", unreachable)
+    monkeypatch.setattr(Board, "begin_step", ask)
+    recipe = {"schedule": {"steps": 30}, "checkpoint": {"intervalSteps": 100}}
+    exit_code, pod = run_pod(tmp_path, make_config(processes=1, **recipe))
+    assert exit_code == 0, pod.log
+    assert committed(checkpoints) == steps
+    assert pod.log.count("checkpoint given up: cannot write") == min(refusals, 4)
 
 
 def test_while_a_store_is_slow_one_save_waits_and_holds_the_newest_step(

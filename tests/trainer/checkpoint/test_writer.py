@@ -298,7 +298,7 @@ def test_commits_count_in_order_and_remove_what_is_older(build: Any, target: str
         durable = save.ending()
         assert isinstance(durable, Durable)
         manifest = Manifest(upload + 1, 1, 1, {"rank-00000.safetensors": durable.entry}, {}, [{}])
-        save.handle.commit(upload, target, 1, 1, name, manifest.dump())
+        save.handle.commit(upload, target, 1, 1, name, manifest)
         committed = save.ending()
         assert isinstance(committed, Committed)
         assert (committed.report.step, committed.report.uri) == (upload + 1, f"{target}/{name}")
@@ -313,7 +313,7 @@ def test_a_superseded_attempt_learns_so(build: Any, tmp_path: Path, open_writer:
     Archive(Storage(str(tmp_path)), attempt=2, keep=1).claim()
     save = open_writer(build)
     name = Archive(Storage(str(tmp_path)), attempt=1, keep=1).new_name(3)
-    save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]).dump())
+    save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]))
     failed = save.ending()
     assert isinstance(failed, Failed)
     assert failed.upload == 7
@@ -332,7 +332,7 @@ def test_the_end_waits_for_what_the_last_commit_made_superfluous_to_be_removed(
     def closed_after_commit(timeout_seconds: float) -> bool:
         save = Save(arena, WriterHandle.in_thread(arena))
         name = Archive(Storage(str(tmp_path)), attempt=1, keep=1).new_name(3)
-        save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]).dump())
+        save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]))
         assert isinstance(save.ending(), Committed)
         return save.handle.close(timeout_seconds)
 
@@ -354,7 +354,7 @@ def test_a_clean_up_that_fails_in_a_way_nobody_foresaw_is_told(
     monkeypatch.setattr(Archive, "prune", fail)
     save = open_writer(WriterHandle.in_thread)
     name = Archive(Storage(str(tmp_path)), attempt=1, keep=1).new_name(3)
-    save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]).dump())
+    save.handle.commit(7, str(tmp_path), 1, 1, name, Manifest(3, 1, 1, {}, {}, [{}]))
     assert isinstance(save.ending(), Committed)
     eventually(lambda: "unforeseen" in caplog.text)
 

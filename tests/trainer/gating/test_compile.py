@@ -65,7 +65,8 @@ def test_a_ladder_of_ratios_compiles_once(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SinglePass-Dense-Recompute", "TwoPass-Truncated-Recompute"])
 def test_mixers_compile_once_as_well(name: str) -> None:
-    resonate = RESONATE | {"resonate": {"stateSize": 8, "headWidth": 16, "chunkTokens": 4}}
+    own = {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "activation": "Binlop"}
+    resonate = RESONATE | {"resonate": own}
     model, batch, backend = model_of(layers=BLOCKS, **resonate), batch_of(isolated=True), Counting()
     compiled, eager = (engine_of(name, model, backend=chosen) for chosen in (backend, None))
     for rows in RATIOS[1:3]:

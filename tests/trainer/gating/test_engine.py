@@ -35,6 +35,7 @@ MODELS = {
     "untied": {"tie_embeddings": False},
     "factorised": {"embedding_rank": 8},
     "resonate": RESONATE,
+    "binlop": RESONATE | {"resonate": RESONATE["resonate"] | {"activation": "Binlop"}},
     "adapted": ADAPTED,
 }
 ROWS = {

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pylon_trainer.kernels import attention
-from pylon_trainer.kernels.attention import Layout, fused_attend_rows, reference
+from pylon_trainer.kernels.attention import Attended, Layout, fused_attend_all, fused_attend_rows, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -74,11 +75,11 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "choose_tilings", lambda q: launch.Tilings(tiling, tiling, tiling))
 
 
-def attend_fused(leaves: list[Tensor], layout: Layout) -> Tensor:
+def attend_fused(leaves: list[Tensor], layout: Layout, known: Attended | None = None) -> Tensor:
     """The operator itself, which runs in the interpreter too."""
     q_HKE, k_BJTE, v_BJTE, own_k, own_v = [*leaves, None, None][:5]
     y_KHE, _ = fused_attend_rows(
-        q_HKE, k_BJTE, v_BJTE, own_k, own_v,
+        q_HKE, k_BJTE, v_BJTE, own_k, own_v, *(known or (None, None)),
         layout.rows_K, layout.first_K, layout.ends_B, layout.until_K, q_HKE.shape[-1] ** -0.5, layout.windowed,
     )  # fmt: skip
     return y_KHE.transpose(0, 1)
@@ -129,6 +130,42 @@ def test_kernels_agree_with_the_reference(device, name, starts, dense) -> None:
 @pytest.mark.parametrize("name", ["one sequence", "one row", "no row", "all, in one"])
 def test_kernels_agree_however_rows_are_spread(device, name, dense) -> None:
     assert_kernels_agree(CASES[name], dense, torch.float16, device)
+
+
+def assert_known_attention_serves(
+    case: Case, dense: bool, dtype: torch.dtype, device: torch.device, backend: SDPBackend
+) -> None:
+    """Rows whose attention is read off that of all tokens have the gradients of the reference."""
+    leaves, layout = case.leaves(dense, dtype, device), case.layout(device)
+    q_HKE, k_BJTE, v_BJTE = (leaf.detach() for leaf in leaves[:3])
+    q_NHE = torch.randn(case.sequences * case.tokens, case.heads, case.width, device=device).to(dtype)
+    q_NHE[layout.rows_K.long()] = q_HKE.transpose(0, 1)
+    q_BHTE = q_NHE.unflatten(0, (case.sequences, case.tokens)).transpose(1, 2)
+    with sdpa_kernel(backend):
+        known = Attended(*fused_attend_all(q_BHTE, k_BJTE, v_BJTE, case.width**-0.5))
+    exact_leaves = exact(leaves)
+    actual = with_gradients(attend_fused(leaves, layout, known), leaves)
+    assert_close(actual, with_gradients(attend_reference(exact_leaves, layout), exact_leaves), dtype)
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("dense", [False, True], ids=["own", "dense"])
+@pytest.mark.parametrize("name", ["scattered", "grouped", "no row", "all, in one"])
+def test_rows_of_known_attention_need_no_other(device, name, dense) -> None:
+    assert_known_attention_serves(CASES[name], dense, torch.float16, device, SDPBackend.MATH)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [False, True], ids=["own", "dense"])
+@pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 128), (9, 3, 64)])
+def test_attention_is_known_whatever_kernel_ran(heads, kv_heads, width, backend, dense, dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows = sorted(torch.randperm(3 * 700)[:467].tolist())
+    case = Case(rows, sequences=3, tokens=700, heads=heads, kv_heads=kv_heads, width=width)
+    assert_known_attention_serves(case, dense, dtype, torch.device("cuda"), backend)
 
 
 @pytest.mark.gpu

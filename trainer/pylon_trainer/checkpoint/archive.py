@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pylon_api.run import CheckpointReport
 from pylon_trainer.checkpoint.claims import CLAIMS, Claims
 from pylon_trainer.checkpoint.manifest import COMMITTED, MANIFEST, DamagedCheckpoint, Manifest, Marker, checksum
+from pylon_trainer.checkpoint.second_look import confirmed
 from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.errors import ConfigError, StorageError
 
@@ -162,6 +163,16 @@ class Archive:
 
         DamagedCheckpoint unless there are a valid marker and the manifest that it names.
         """
+        return confirmed(self.storage, lambda: self._load(name))
+
+    def damage_of(self, name: str) -> str | None:
+        """Why a checkpoint was condemned; None when it was not."""
+        try:
+            return self.storage.read(f"{name}/{_DAMAGED}").decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def _load(self, name: str) -> Found:
         try:
             marker = Marker.parse(self.storage.read(f"{name}/{COMMITTED}"))
             content = self.storage.read(f"{name}/{MANIFEST}")
@@ -171,13 +182,6 @@ class Archive:
             raise DamagedCheckpoint(f"checksum of {MANIFEST} differs")
         manifest = Manifest.parse(content)
         return Found(name, manifest, self._report(name, manifest, marker))
-
-    def damage_of(self, name: str) -> str | None:
-        """Why a checkpoint was condemned; None when it was not."""
-        try:
-            return self.storage.read(f"{name}/{_DAMAGED}").decode(errors="replace")
-        except FileNotFoundError:
-            return None
 
     def _write_once(self, path: str, content: bytes) -> None:
         """It may be there already, from a node of this job that shares the disk. StorageError for another content."""

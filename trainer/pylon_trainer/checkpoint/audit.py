@@ -8,6 +8,7 @@ from functools import partial
 
 from pylon_trainer.checkpoint.archive import Found
 from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Part
+from pylon_trainer.checkpoint.second_look import confirmed
 from pylon_trainer.checkpoint.storage import Storage
 
 READERS = 4
@@ -37,19 +38,27 @@ def audit(storage: Storage, found: Found, read: Callable[[int], None] = lambda _
 
 def check_size(storage: Storage, path: str, entry: FileEntry) -> None:
     """DamagedCheckpoint when the file at this path is missing or has another length."""
-    size_bytes = storage.size(path)
-    if size_bytes != entry.size_bytes:
-        had = "is missing" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.size_bytes}"
-        raise DamagedCheckpoint(f"{_file(path)} {had}")
+
+    def look() -> None:
+        size_bytes = storage.size(path)
+        if size_bytes != entry.size_bytes:
+            had = "is missing" if size_bytes is None else f"has {size_bytes} bytes instead of {entry.size_bytes}"
+            raise DamagedCheckpoint(f"{_file(path)} {had}")
+
+    confirmed(storage, look)
 
 
 def read_part(storage: Storage, path: str, part: Part, data: memoryview) -> None:
     """A part of the file at this path into memory of its length. DamagedCheckpoint when it is not what was written."""
-    try:
-        storage.read_into(path, part.offset, data)
-    except (FileNotFoundError, EOFError) as error:
-        raise DamagedCheckpoint(f"{_file(path)} was removed or cut while it was read") from error
-    part.verify(_file(path), data)
+
+    def look() -> None:
+        try:
+            storage.read_into(path, part.offset, data)
+        except (FileNotFoundError, EOFError) as error:
+            raise DamagedCheckpoint(f"{_file(path)} was removed or cut while it was read") from error
+        part.verify(_file(path), data)
+
+    confirmed(storage, look)
 
 
 def _read_and_forget(storage: Storage, path: str, part: Part) -> None:

@@ -137,7 +137,7 @@ class Destination:
         save, answer = oldest.save, oldest.answer
         assert isinstance(answer, Durable)
         receipts = self._world.gather(_Receipt(save.file, answer.entry, save.own))
-        manifest = self._manifest(save, receipts).dump() if self._world.rank == 0 else b""
+        manifest = self._manifest(save, receipts)
         if not self.is_store:
             # Alike on all ranks but for measured times, and nodes that share a disk must commit the same.
             manifest = self._world.broadcast(manifest)

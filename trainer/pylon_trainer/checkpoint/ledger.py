@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pylon_api.run import SaveReport
+from pylon_api.run import CheckpointReport, SaveReport
 from pylon_trainer.checkpoint.destination import Outcome
+from pylon_trainer.errors import ConfigError, StorageError, TrainerError
 from pylon_trainer.status import Board
 
 logger = logging.getLogger("pylon")
@@ -20,6 +21,8 @@ class Ledger:
         self._logs = logs
         self._report = SaveReport()
         self._disk_fails = False
+        self._on_disks: CheckpointReport | None = None
+        """The last checkpoint that all nodes keep."""
 
     def notice(self, line: str) -> None:
         """Something to be told once."""
@@ -48,11 +51,24 @@ class Ledger:
         """A checkpoint is committed or given up, in one place; training goes on."""
         is_committed = outcome.error is None
         if not outcome.is_in_store:
-            self._disk_works() if is_committed else self._disk_failed(outcome)
+            self._kept_on_disks(outcome) if is_committed else self._disk_failed(outcome)
         elif is_committed:
             self._committed(outcome)
         else:
             self._given_up(outcome)
+
+    def unsaved(self, error: TrainerError) -> TrainerError:
+        """To leave with when the last step is not in the store: why, and what a restart goes on from.
+
+        Refused credentials are no fault of the configuration by then. The store took this attempt's claim with them, so
+        they have expired, and another attempt may be given fresh ones; one that is not says so as it begins.
+        """
+        kind = StorageError if isinstance(error, ConfigError) else type(error)
+        kept = [checkpoint for checkpoint in (self._board.status.checkpoint, self._on_disks) if checkpoint]
+        if not kept:
+            return kind(f"{error}; nothing is saved")
+        newest = max(kept, key=lambda checkpoint: checkpoint.recency)
+        return kind(f"{error}; the newest kept is of step {newest.step}, in {newest.uri}")
 
     def _committed(self, outcome: Outcome) -> None:
         report, step = outcome.report, outcome.save.step
@@ -66,8 +82,9 @@ class Ledger:
             self.notice(f"checkpoints cannot be kept on the nodes' disks: {outcome.error}")
         self._disk_fails = True
 
-    def _disk_works(self) -> None:
+    def _kept_on_disks(self, outcome: Outcome) -> None:
         self._disk_fails = False
+        self._on_disks = outcome.report
 
     def _given_up(self, outcome: Outcome) -> None:
         failure = str(outcome.error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pylon_api.run import CheckpointReport
-from pylon_trainer.checkpoint.manifest import FileEntry
+from pylon_trainer.checkpoint.manifest import FileEntry, Manifest
 from pylon_trainer.errors import TrainerError
 
 
@@ -53,7 +53,9 @@ class Commit:
     attempt: int
     keep: int
     name: str
-    manifest: bytes
+    manifest: Manifest
+    """As an object, which goes to the writer's process in a fraction of the time that its text takes to write: for
+    thousands of tensors that is tens of milliseconds, and no business of the thread that trains."""
 
 
 @dataclass(frozen=True, slots=True)

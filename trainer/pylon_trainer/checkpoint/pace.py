@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 from pylon_api.run import RunConfig
 from pylon_api.training import CheckpointSpec
-from pylon_trainer.checkpoint.policy import Costs, Reach, interval_steps, limit_seconds, reach_due
+from pylon_trainer.checkpoint.policy import (
+    Costs,
+    Reach,
+    interval_steps,
+    limit_seconds,
+    reach_due,
+    request_pause_seconds,
+)
 
 
 class Pace:
@@ -23,6 +31,8 @@ class Pace:
         self._saves = 0
         self._training_seconds = 0.0
         self._costs = Costs()
+        self._request_failures = 0
+        self._request_failure_time = -math.inf
 
     def begin(self, step: int) -> None:
         """Training begins after this step."""
@@ -39,9 +49,10 @@ class Pace:
             saves=self._saves,
         )
 
-    def step_ended(self, training_seconds: float, *, is_quiet: bool) -> None:
-        """training_seconds: since training began, without pauses. is_quiet: whether nothing was saved in this step."""
-        self._costs = self._costs.after_step(training_seconds - self._training_seconds, is_quiet=is_quiet)
+    def step_ended(self, training_seconds: float, overlapped: Reach) -> None:
+        """training_seconds: since training began, without pauses. overlapped: how far the farthest checkpoint goes that
+        was on its way in this step."""
+        self._costs = self._costs.after_step(training_seconds - self._training_seconds, overlapped)
         self._training_seconds = training_seconds
 
     def save_began(self, step: int) -> None:
@@ -52,6 +63,18 @@ class Pace:
     def save_ended(self, write_seconds: float) -> None:
         """It was committed, so many seconds after it had begun."""
         self._costs = self._costs.after_save(write_seconds)
+        self._request_failures = 0
+
+    def request_failed(self) -> None:
+        """A checkpoint that was to answer a request was given up."""
+        self._request_failures += 1
+        self._request_failure_time = self._clock()
+
+    @property
+    def may_answer(self) -> bool:
+        """Whether a checkpoint that is asked for may begin."""
+        pause_seconds = request_pause_seconds(self._request_failures)
+        return self._clock() - self._request_failure_time >= pause_seconds
 
     @property
     def interval_steps(self) -> int | None:

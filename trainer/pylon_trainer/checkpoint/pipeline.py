@@ -67,9 +67,10 @@ class Pipeline:
         return not self._slabs.has_free or any(place.under_way >= MAX_UNDER_WAY for place in self._places)
 
     @property
-    def is_empty(self) -> bool:
-        """Whether all that began is committed or given up."""
-        return not any(place.under_way for place in self._places)
+    def under_way(self) -> Reach:
+        """How far the farthest goes of what is neither committed nor given up."""
+        reaches = (Reach.STORE if place.is_store else Reach.NODES for place in self._places if place.under_way)
+        return max(reaches, default=Reach.NOWHERE)
 
     def begin(
         self,

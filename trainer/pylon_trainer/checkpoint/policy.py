@@ -21,6 +21,10 @@ LEARNING_STEPS = 10
 WARM_UP_STEPS = 3
 """Quiet steps at the beginning that are no measure of one: they compile, record and allocate."""
 
+REQUEST_PAUSES_SECONDS = (1.0, 10.0, 60.0)
+"""Before a checkpoint that was asked for and given up is tried again; after the last of these the next due one answers
+the request. The store was asked several times over before each was given up, so these are for what takes longer."""
+
 _MEMORY = 100
 """Steps over which the length of a quiet step is averaged."""
 
@@ -42,17 +46,21 @@ class Costs:
     step_seconds: float | None = None
     """A step beside which nothing is saved."""
     save_seconds: float | None = None
-    """What one checkpoint adds to the steps that it overlaps; mean over those so far, the newer the weightier."""
+    """What one checkpoint for the store adds to the steps that it overlaps; mean over those so far, the newer the
+    weightier."""
     write_seconds: float = 0.0
     """From the beginning of the last checkpoint to its commit."""
     quiet_steps: int = 0
     excess_seconds: float = 0.0
-    """What the checkpoint under way has added so far."""
+    """What the checkpoint for the store that is under way has added so far."""
 
-    def after_step(self, seconds: float, *, is_quiet: bool) -> Costs:
-        """is_quiet: whether nothing was being saved meanwhile."""
+    def after_step(self, seconds: float, overlapped: Reach) -> Costs:
+        """overlapped: how far the farthest checkpoint goes that was on its way meanwhile. One for the nodes alone is no
+        part of what those for the store cost, and its steps are no measure of a quiet one either."""
         usual = self.step_seconds
-        if not is_quiet:
+        if overlapped is Reach.NODES:
+            return self
+        if overlapped is Reach.STORE:
             return replace(self, excess_seconds=self.excess_seconds + (0.0 if usual is None else seconds - usual))
         steps = self.quiet_steps + 1
         if steps <= WARM_UP_STEPS:
@@ -61,7 +69,7 @@ class Costs:
         return replace(self, step_seconds=mean, quiet_steps=steps)
 
     def after_save(self, write_seconds: float) -> Costs:
-        """A checkpoint was committed, so many seconds after it had begun."""
+        """A checkpoint was committed in the store, so many seconds after it had begun."""
         cost = max(0.0, self.excess_seconds)
         mean = cost if self.save_seconds is None else (self.save_seconds + cost) / 2
         return replace(self, save_seconds=mean, write_seconds=write_seconds, excess_seconds=0.0)
@@ -110,6 +118,12 @@ def reach_due(
         return Reach.STORE
     local = spec.local
     return Reach.NODES if local and local.interval_steps and step % local.interval_steps == 0 else Reach.NOWHERE
+
+
+def request_pause_seconds(failures: int) -> float:
+    """How long after the last of so many failures a checkpoint that was asked for is tried again; infinite when it is
+    not."""
+    return (0.0, *REQUEST_PAUSES_SECONDS)[failures] if failures <= len(REQUEST_PAUSES_SECONDS) else math.inf
 
 
 @dataclass(frozen=True, slots=True)

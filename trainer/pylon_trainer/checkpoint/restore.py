@@ -160,9 +160,10 @@ class _Reader:
                 for key in _keys_of(file, replicated):
                     self._hand_out(tensors[key], source, content, key)
                 for rank, places in enumerate(own):
-                    for key in _keys_of(file, places):
+                    takes_part = not is_same_size or self._world.rank in (source, rank)
+                    for key in _keys_of(file, places) if takes_part else ():
                         tensor = empty_tensor(places[key])
-                        self._hand_out(tensor, source, content, key)
+                        self._hand_out(tensor, source, content, key, rank if is_same_size else None)
                         if rank == self._world.rank or not is_same_size:
                             own_tensors[rank][key] = tensor
         return Restored(
@@ -262,12 +263,16 @@ class _Reader:
                 damages.append(str(error))  # as in _list
         return None
 
-    def _hand_out(self, target: Tensor, source: int, content: Mapping[str, Tensor] | None, key: str) -> None:
-        """content: on the rank that has read the tensor."""
+    def _hand_out(
+        self, target: Tensor, source: int, content: Mapping[str, Tensor] | None, key: str, taker: int | None = None
+    ) -> None:
+        """content: on the rank that has read the tensor. taker: the only one that needs it, for CPU tensors."""
         if content is not None:
             with torch.no_grad():
                 target.copy_(content[key])
-        if self._world.size > 1:
+        if taker is not None:
+            self._world.pass_tensor(target, source, taker)
+        elif self._world.size > 1:
             self._world.broadcast_tensor(target, source)
 
 

@@ -62,7 +62,8 @@ class Saver:
         """Of the last checkpoint for the store that has begun, or that this run goes on from."""
         self._ended: Outcome | None = None
         """How the last save for the store ended."""
-        self._was_quiet = True
+        self._overlapped = Reach.NOWHERE
+        """How far the farthest checkpoint goes that is on its way in this step."""
         self._stall_seconds: float | None = None
         """Of a save whose tensors are still being copied."""
         self._is_finished = False
@@ -107,11 +108,10 @@ class Saver:
         if self._pipeline is None:
             return []
         is_first = self._run.world.rank == 0
-        requested_step = self._board.status.checkpoint_requested_step or 0
-        is_on_its_way = self._newest_step is not None and self._newest_step >= requested_step
+        is_wanted = is_asked and not self._is_answered and self._pace.may_answer
         due = self._pace.due(self._run.step + 1) if is_first else Reach.NOWHERE
         nonce = secrets.randbits(32) if is_first else 0
-        return [int(is_asked and not is_on_its_way), due, nonce, int(self._pipeline.is_busy), *self._pipeline.votes()]
+        return [int(is_wanted), due, nonce, int(self._pipeline.is_busy), *self._pipeline.votes()]
 
     def heed(self, sums: Sequence[int], *, is_last: bool) -> None:
         """Go on with the saves under way, and decide what begins at the end of this step. Collective.
@@ -121,7 +121,7 @@ class Saver:
         if self._pipeline is None:
             return
         asked, due, self._nonce, busy = sums[:_PROGRESS]
-        self._was_quiet = self._pipeline.is_empty
+        self._overlapped = self._pipeline.under_way
         self._advance(self._pipeline, sums)
         move = next_move(Reach(due), self._waits, is_urgent=asked > 0 or is_last, is_busy=busy > 0)
         if move.waits and not self._waits:
@@ -135,7 +135,7 @@ class Saver:
         """
         if self._pipeline is None:
             return
-        self._pace.step_ended(training_seconds, is_quiet=self._was_quiet)
+        self._pace.step_ended(training_seconds, self._overlapped)
         if self._begins is not Reach.NOWHERE:
             self._begin(self._pipeline, self._begins)
 
@@ -152,7 +152,7 @@ class Saver:
     def finish(self) -> None:
         """Save this step if it is not, and wait until all is committed. Collective.
 
-        StorageError or ConfigError when this step could not be saved; Stopped when the grace ends before.
+        StorageError when the store did not take this step; Stopped when the grace ends before.
         """
         if self._pipeline is None:
             return
@@ -164,7 +164,7 @@ class Saver:
         self._drain(self._pipeline)
         ended = self._ended
         if ended is not None and ended.save.step == self._run.step and ended.error is not None:
-            raise ended.error
+            raise self._ledger.unsaved(ended.error)
         self._is_finished = True
 
     def where(self) -> str:
@@ -201,11 +201,11 @@ class Saver:
 
     def _drain(self, pipeline: Pipeline) -> None:
         """Wait until nothing is under way; Stopped when the grace ends before."""
-        while not pipeline.is_empty:
+        while pipeline.under_way:
             time.sleep(POLL_SECONDS)
             is_over, *sums = self._run.world.agree(self._seconds_left() == 0, *self.votes())
             self._advance(pipeline, sums)
-            if is_over and not pipeline.is_empty:
+            if is_over and pipeline.under_way:
                 pipeline.abandon()
                 raise Stopped(
                     f"asked to stop: left at step {self._run.step}, not saved: its checkpoint was not written within "
@@ -222,6 +222,20 @@ class Saver:
                 if outcome.error is None:
                     self._pace.save_ended(outcome.seconds)
                     self._ledger.interval(self._pace.interval_steps)
+                elif self._is_answer(outcome.save.step):
+                    self._pace.request_failed()
+
+    @property
+    def _is_answered(self) -> bool:
+        """Whether the checkpoint that somebody asked for is on its way, or committed."""
+        ended, newest_step = self._ended, self._newest_step
+        is_lost = ended is not None and ended.error is not None and ended.save.step == newest_step
+        return newest_step is not None and self._is_answer(newest_step) and not is_lost
+
+    def _is_answer(self, step: int) -> bool:
+        """Whether a checkpoint of this step is what somebody asked for and waits for."""
+        requested_step = self._board.status.checkpoint_requested_step
+        return requested_step is not None and step >= requested_step
 
     def _seconds_left(self) -> float | None:
         """Of the grace; None while nobody asked to stop."""

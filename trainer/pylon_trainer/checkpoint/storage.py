@@ -94,6 +94,11 @@ class Storage:
         answers = (EOFError, FileNotFoundError)
         self._patience(path).ask("read", lambda: self._read_into(full, offset, buffer), answers)
 
+    def reconnect(self) -> None:
+        """Read what comes next over new connections, where a store's ranges are read over ones that are kept."""
+        if self._is_s3:
+            self._bucket.client.close()
+
     def size(self, path: str) -> int | None:
         """Bytes of a file; None when there is none."""
         full = self._full(path)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from pylon_trainer.checkpoint.archive import Archive
-from pylon_trainer.checkpoint.manifest import PART_BYTES, FileEntry, Manifest, checksum
+from pylon_trainer.checkpoint.manifest import PART_BYTES, FileEntry, checksum
 from pylon_trainer.checkpoint.orders import (
     Answer,
     Begin,
@@ -99,7 +99,7 @@ class Writer:
             if isinstance(order, Discard):
                 archive.discard(order.name)
                 return
-            report = archive.commit(order.name, Manifest.parse(order.manifest))
+            report = archive.commit(order.name, order.manifest)
         except Exception as error:  # the thread's end: whatever it was, somebody waits for an answer
             if isinstance(order, Commit):
                 self._answer(_failed(order.upload, error))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
 
+from pylon_trainer.checkpoint.manifest import Manifest
 from pylon_trainer.checkpoint.orders import (
     Answer,
     Begin,
@@ -84,7 +85,7 @@ class WriterHandle:
         """See orders.Cancel."""
         self._peer.handle(Cancel(upload))
 
-    def commit(self, upload: int, uri: str, attempt: int, keep: int, name: str, manifest: bytes) -> None:
+    def commit(self, upload: int, uri: str, attempt: int, keep: int, name: str, manifest: Manifest) -> None:
         """See orders.Commit."""
         self._expect(upload)
         self._peer.handle(Commit(upload, uri, attempt, keep, name, manifest))

@@ -61,7 +61,7 @@ class Group:
 def group_by_kind(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
     """Groups of these tensors, in the order of Kind; tensors without values, and kinds without tensors, are in none."""
     filled = {name: shape for name, shape in shapes.items() if math.prod(shape)}
-    kinds = {name: _kind_of(name, shape) for name, shape in filled.items()}
+    kinds = {name: kind_of(name, shape) for name, shape in filled.items()}
     return [
         Group(kind, {name: shape for name, shape in filled.items() if kinds[name] is kind})
         for kind in Kind
@@ -69,7 +69,8 @@ def group_by_kind(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
     ]
 
 
-def _kind_of(name: str, shape: tuple[int, ...]) -> Kind:
+def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
+    """Told by name and shape."""
     if "codebook" in name and len(shape) > 1:
         return Kind.CODEBOOK
     if len(shape) <= 1:

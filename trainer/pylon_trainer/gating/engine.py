@@ -15,12 +15,12 @@ chosen nothing is cut.
 
 | engine | row activations | costs, in forward passes, at ratio r | holds per block until the way back |
 |---|---|---|---|
-| SinglePass | Keep | 1 + 2r | its input and the outputs of its linear layers, like a plain step; its weights as cast |
+| SinglePass | Keep | 1 + 2r | its input, what its layers and attention gave, like a plain step; its weights as cast |
 | SinglePass | Recompute | 1 + 3r | its input, keys and values |
 | TwoPass | Keep | 1 + 3r | keys and values; for chosen rows what a plain step holds |
 | TwoPass | Recompute | 1 + 4r | keys and values; for chosen rows its input |
 
-The attention of the chosen queries is computed a second time in all of them, a third time in the last.
+The attention of the chosen queries is computed a second time in all but the first on CUDA, a third time in the last.
 
 Shapes: B sequences, T tokens, N = B * T, K chosen rows, D hidden width.
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 from pylon_trainer.gating.recall import Product
 from pylon_trainer.gating.rows import KeepingContext, RecallingContext, RowContext, Rows
 from pylon_trainer.gating.trunk import Block
+from pylon_trainer.kernels.attention import Attended
 from pylon_trainer.models.context import Context
 
 Piece = TypeVar("Piece", bound=Callable[..., object])
@@ -31,6 +32,8 @@ class Kept(NamedTuple):
     """What its tokens offer to later ones."""
     products: list[Product]
     """Of its linear layers in the order of their calls; empty when the rows are to be recomputed."""
+    attended: list[Attended | None]
+    """What attention gave, where it was asked for and the device can use it."""
 
 
 class Pieces:
@@ -57,11 +60,11 @@ def _run(
     """The block's output for all tokens, B x T x D."""
     keeping = KeepingContext.like(context, precision, keeps_products)
     y_BTD = block(x_BTD, keeping)
-    return y_BTD, Kept(tuple(keeping.offered), keeping.products)
+    return y_BTD, Kept(tuple(keeping.offered), keeping.products, keeping.attended)
 
 
 def _run_rows(block: Block, x_1KD: Tensor, rows: Rows, kept: Kept, precision: torch.dtype | None) -> Tensor:
-    return block(x_1KD, RowContext.at(rows, kept.offered, precision, kept.products))
+    return block(x_1KD, RowContext.at(rows, kept.offered, precision, kept.products, kept.attended))
 
 
 def _offers(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pylon_trainer.gating.recall import Product, multiply, recall
 from pylon_trainer.gating.tiles import Tiles
-from pylon_trainer.kernels.attention import Layout, attend_rows
+from pylon_trainer.kernels.attention import Attended, Layout, attend_all, attend_rows
 from pylon_trainer.models.context import Context, Linear, Mixer
 from pylon_trainer.models.recompute import recomputed
 
@@ -95,13 +95,15 @@ def lay_out(rows_K: Tensor, starts_K: Tensor | None, sequences: int, tokens: int
 
 @dataclass(frozen=True)
 class KeepingContext(Context):
-    """The plain context, which keeps what tokens offered to later ones and, if asked, the products."""
+    """The plain context, which keeps what tokens offered to later ones and, if asked, the products and what attention
+    gave."""
 
     precision: torch.dtype | None
     """Of the products; None: that of the weights."""
     keeps_products: bool
     offered: list[Tensor] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    attended: list[Attended | None] = field(default_factory=list)
 
     @classmethod
     def like(cls, context: Context, precision: torch.dtype | None, keeps_products: bool) -> KeepingContext:
@@ -117,7 +119,12 @@ class KeepingContext(Context):
     def attend(self, q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Tensor:
         """As Context has it."""
         self.offered.extend((k_BJTE, v_BJTE))
-        return super().attend(q_BHTE, k_BJTE, v_BJTE)
+        attended = attend_all(q_BHTE, k_BJTE, v_BJTE) if self.keeps_products and self.mask is None else None
+        self.attended.append(attended)
+        if attended is None:
+            return super().attend(q_BHTE, k_BJTE, v_BJTE)
+        y_BTHE: Tensor = attended.y_NHE.unflatten(0, (len(q_BHTE), -1))
+        return y_BTHE.transpose(1, 2)
 
     def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
         """As Context has it."""
@@ -149,14 +156,23 @@ class RowContext(RecallingContext):
     rows: Rows
     offered: list[Tensor]
     """In the order in which the block will ask for it."""
+    attended: list[Attended | None]
+    """Likewise, None where it is not known."""
 
     @classmethod
     def at(
-        cls, rows: Rows, offered: tuple[Tensor, ...], precision: torch.dtype | None, products: list[Product]
+        cls,
+        rows: Rows,
+        offered: tuple[Tensor, ...],
+        precision: torch.dtype | None,
+        products: list[Product],
+        attended: list[Attended | None],
     ) -> RowContext:
-        """products: those of all tokens; none are known if it is empty."""
+        """All as the keeping context has it, of all tokens."""
         known = [Product(rows.take(output_BTD), weight) for output_BTD, weight in products]
-        return cls(rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, list(offered))
+        return cls(
+            rows.places_K, rows.cos_KE, rows.sin_KE, None, None, precision, known, rows, list(offered), list(attended)
+        )
 
     def attend(self, q_1HKE: Tensor, k_1JKE: Tensor, v_1JKE: Tensor) -> Tensor:
         """1 x H x K x E. The rows' own keys and values stand for those among all that they equal, so that gradients
@@ -165,7 +181,8 @@ class RowContext(RecallingContext):
         if isinstance(self.rows.layout, Layout):
             # Gradients that go to all keys and values reach the rows' own among them.
             own_JKE = None if k_BJTE.requires_grad else (k_1JKE.squeeze(0), v_1JKE.squeeze(0))
-            return attend_rows(q_1HKE.squeeze(0), k_BJTE, v_BJTE, self.rows.layout, own_JKE).unsqueeze(0)
+            known = self.attended.pop(0)
+            return attend_rows(q_1HKE.squeeze(0), k_BJTE, v_BJTE, self.rows.layout, own_JKE, known).unsqueeze(0)
         k_BJTE, v_BJTE = self._with_own(k_BJTE, k_1JKE), self._with_own(v_BJTE, v_1JKE)
         return self.rows.layout.attend(q_1HKE, k_BJTE, v_BJTE)
 

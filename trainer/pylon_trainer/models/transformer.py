@@ -17,8 +17,8 @@ from pylon_api.training import ModelSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder, plain_linear
 
-Activation = Callable[[Tensor], Tensor]
-"""Of an MLP's gate, element by element; an nn.Module when it has parameters."""
+GatedActivation = Callable[[Tensor, Tensor], Tensor]
+"""activation(gate) * up, element by element; an nn.Module when it has parameters."""
 
 
 class Transformer(Decoder):
@@ -28,15 +28,20 @@ class Transformer(Decoder):
         return AttentionBlock(self.spec)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU's gated product (Shazeer 2020, arXiv:2002.05202)."""
+    return F.silu(gate) * up
+
+
 class AttentionBlock(Block):
     """Attention, then the MLP, each on a normed copy and added to the residual stream."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, activation: GatedActivation = swiglu) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         self.attention = Attention(spec)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
-        self.mlp = SwiGLU(spec.hidden_size, intermediate_size(spec))
+        self.mlp = GatedMLP(spec.hidden_size, intermediate_size(spec), activation)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
@@ -79,10 +84,10 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], x.shape[-1] // self.width, self.width).transpose(1, 2)
 
 
-class SwiGLU(nn.Module):
-    """activation(gate x) * (up x), then down (Shazeer 2020, arXiv:2002.05202)."""
+class GatedMLP(nn.Module):
+    """activation(gate x) * (up x), then down."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation = F.silu) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: GatedActivation) -> None:
         super().__init__()
         self.activation = activation
         self.gate = plain_linear(hidden_size, intermediate_size)
@@ -90,7 +95,7 @@ class SwiGLU(nn.Module):
         self.down = plain_linear(intermediate_size, hidden_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        gated_BTF = self.activation(context.linear(self.gate, x_BTD)) * context.linear(self.up, x_BTD)
+        gated_BTF = self.activation(context.linear(self.gate, x_BTD), context.linear(self.up, x_BTD))
         return context.linear(self.down, gated_BTF)
 
 

@@ -127,6 +127,16 @@ class World:
         is_source = self.rank == source
         self.traffic.add(tensor.nbytes * is_source, tensor.nbytes * (not is_source))
 
+    def pass_tensor(self, tensor: Tensor, source: int, target: int) -> None:
+        """One rank's values of a contiguous CPU tensor, into that of another. Nothing to do for the others, who may
+        leave this out, nor where both are one."""
+        if source == target or self.rank not in (source, target):
+            return
+        is_source = self.rank == source
+        with collective():
+            dist.send(tensor, target) if is_source else dist.recv(tensor, source)
+        self.traffic.add(tensor.nbytes * is_source, tensor.nbytes * (not is_source))
+
 
 def join_world(gpus_per_node: int, timeout_seconds: float) -> World:
     """Meet the other ranks that the launcher started. ConfigError when the GPUs asked for are not there.

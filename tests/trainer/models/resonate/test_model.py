@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from compilers import without_code
@@ -102,10 +104,14 @@ def test_only_attention_remembers_more_with_every_token(kind: str, grows: bool) 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "documents", "span_chunks"),
-    [(KINDS["groups"], False, 128), (KINDS["all three"], True, 128), (KINDS["all three"], True, 2)],
+    [
+        (KINDS["groups"] | {"activation": "Binlop"}, False, 128),
+        (KINDS["all three"], True, 128),
+        (KINDS["all three"], True, 2),
+    ],
 )
 def test_blocks_compile_without_a_graph_break(
-    own: dict[str, int], documents: bool, span_chunks: int, monkeypatch: pytest.MonkeyPatch
+    own: dict[str, Any], documents: bool, span_chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan, "SPAN_CHUNKS", span_chunks)
     torch._dynamo.reset()

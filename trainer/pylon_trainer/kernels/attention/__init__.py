@@ -11,14 +11,16 @@ width of a head. Places count through all sequences: token t of sequence b is at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pylon_trainer.kernels.attention import reference
+from pylon_trainer.kernels.attention.operators import attend_all as fused_attend_all
 from pylon_trainer.kernels.attention.operators import attend_rows as fused_attend_rows
 
-__all__ = ["Layout", "attend_rows"]
+__all__ = ["Attended", "Layout", "attend_all", "attend_rows"]
 
 WIDEST_HEAD = 256
 
@@ -63,12 +65,29 @@ class Layout:
         return [(tensor, (0,)) for tensor in (self.rows_K, self.first_K, self.until_K)]
 
 
+class Attended(NamedTuple):
+    """What causal attention gave all tokens: with it, rows among them need no attention but its gradient."""
+
+    y_NHE: Tensor
+    logsumexp_NH: Tensor
+    """float32: logarithm (base 2) of the sum of exponentials."""
+
+
+def attend_all(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> Attended | None:
+    """Causal attention of all tokens without a graph, or None where attend_rows could not use what it gives: outside
+    of CUDA, and in types other than 16-bit floating point, where its kernels are the slower ones."""
+    if not q_BHTE.is_cuda or q_BHTE.itemsize != 2 or not q_BHTE.dtype == k_BJTE.dtype == v_BJTE.dtype:
+        return None
+    return Attended(*fused_attend_all(q_BHTE, k_BJTE, v_BJTE, q_BHTE.shape[-1] ** -0.5))
+
+
 def attend_rows(
     q_HKE: Tensor,
     k_BJTE: Tensor,
     v_BJTE: Tensor,
     layout: Layout,
     own_JKE: tuple[Tensor, Tensor] | None = None,
+    known: Attended | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """What each row gathers from the keys that it sees, H x K x E.
@@ -76,8 +95,9 @@ def attend_rows(
     q_HKE, k_BJTE, v_BJTE: of one type, float32, bfloat16 or float16 (under autocast all are cast to its type), strided
     as one likes. own_JKE: keys and values of the rows themselves, equal to those in k_BJTE and v_BJTE up to rounding;
     given, the gradient of keys and values goes to them and to none else; not given, it goes to k_BJTE and v_BJTE.
-    scale: of the logits, 1 / sqrt(E) if not given. On CUDA the same input gives the same bits, and float32 products run
-    on tensor cores in three parts (error about 1e-6).
+    known: what attend_all gave for the queries of all tokens, and then no row may have a window. scale: of the logits,
+    1 / sqrt(E) if not given. On CUDA the same input gives the same bits, and float32 products run on tensor cores in
+    three parts (error about 1e-6).
 
     Raises ValueError when shapes or types do not fit.
     """
@@ -108,7 +128,7 @@ def attend_rows(
         k_BJTE, v_BJTE = k_BJTE.detach(), v_BJTE.detach()
     own_k_JKE, own_v_JKE = own_JKE or (None, None)
     y_KHE, _ = fused_attend_rows(
-        q_HKE, k_BJTE, v_BJTE, own_k_JKE, own_v_JKE,
+        q_HKE, k_BJTE, v_BJTE, own_k_JKE, own_v_JKE, *(known or (None, None)),
         layout.rows_K, layout.first_K, layout.ends_B, layout.until_K, scale, layout.windowed,
     )  # fmt: skip
     y_HKE: Tensor = y_KHE.transpose(0, 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from pylon_trainer.kernels.attention.triton import d_keys_kernel, d_queries_kernel, forward_kernel
 
@@ -65,6 +66,27 @@ def forward(
             WINDOWED=windowed, **_constants(H // J, E, B, tiling),
         )  # fmt: skip
     return y_KHE, logsumexp_KH
+
+
+def forward_all(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What all tokens see, N x H x E, and the logarithm (base 2) of their sum of exponentials, float32 N x H."""
+    B, H, T, E = q_BHTE.shape
+    match SDPBackend(torch._fused_sdp_choice(q_BHTE, k_BJTE, v_BJTE, is_causal=True, scale=scale, enable_gqa=True)):
+        case SDPBackend.CUDNN_ATTENTION:
+            y_BHTE, logsumexp_BHT, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q_BHTE, k_BJTE, v_BJTE, None, True, is_causal=True, scale=scale
+            )
+        case SDPBackend.FLASH_ATTENTION:
+            y_BHTE, logsumexp_BHT, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                q_BHTE, k_BJTE, v_BJTE, is_causal=True, scale=scale
+            )
+        case _:
+            places_N = torch.arange(B * T, dtype=torch.int32, device=q_BHTE.device)
+            first_N, ends_B = places_N - places_N % T, places_N[T - 1 :: T] + 1
+            q_HNE = q_BHTE.transpose(0, 1).flatten(1, 2)
+            return forward(q_HNE, k_BJTE, v_BJTE, places_N, first_N, ends_B, scale, windowed=False)
+    logsumexp_NH = logsumexp_BHT.reshape(B, H, T).transpose(1, 2).reshape(B * T, H) * LOG2_E
+    return y_BHTE.transpose(1, 2).reshape(B * T, H, E), logsumexp_NH
 
 
 def d_queries(

@@ -18,6 +18,8 @@ def attend_rows(
     v_BJTE: Tensor,
     own_k_JKE: Tensor | None,  # noqa: ARG001
     own_v_JKE: Tensor | None,  # noqa: ARG001
+    known_y_NHE: Tensor | None,
+    known_logsumexp_NH: Tensor | None,
     rows_K: Tensor,
     first_K: Tensor,
     ends_B: Tensor,
@@ -25,11 +27,23 @@ def attend_rows(
     scale: float,
     windowed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What the rows see, K x H x E, and the logarithm (base 2) of their sum of exponentials, K x H. The rows' own keys
-    and values, and until_K, matter to the gradient alone: values are read from among the others."""
+    """What the rows see, K x H x E, and the logarithm (base 2) of their sum of exponentials, K x H: read off what
+    attend_all gave, if that is known. The rows' own keys and values, and until_K, matter to the gradient alone: values
+    are read from among the others."""
+    if known_y_NHE is not None and known_logsumexp_NH is not None:
+        return known_y_NHE.index_select(0, rows_K), known_logsumexp_NH.index_select(0, rows_K)
     from pylon_trainer.kernels.attention import launch
 
     return launch.forward(q_HKE, k_BJTE, v_BJTE, rows_K, first_K, ends_B, scale, windowed)
+
+
+@torch.library.custom_op("pylon::attend_all", mutates_args=())
+def attend_all(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What every token sees of its sequence up to itself, N x H x E, and the logarithm (base 2) of its sum of
+    exponentials, N x H, by whichever of PyTorch's kernels it would choose itself, if that tells the sum."""
+    from pylon_trainer.kernels.attention import launch
+
+    return launch.forward_all(q_BHTE, k_BJTE, v_BJTE, scale)
 
 
 @torch.library.custom_op("pylon::attend_rows_d_queries", mutates_args=())
@@ -84,6 +98,12 @@ def _(q_HKE: Tensor, *others: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return q_HKE.new_empty(K, H, E), q_HKE.new_empty(K, H, dtype=torch.float32)
 
 
+@attend_all.register_fake
+def _(q_BHTE: Tensor, *others: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    B, H, T, E = q_BHTE.shape
+    return q_BHTE.new_empty(B * T, H, E), q_BHTE.new_empty(B * T, H, dtype=torch.float32)
+
+
 @_d_queries.register_fake
 def _(d_y_KHE: Tensor, *others: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return d_y_KHE.new_empty(d_y_KHE.shape), d_y_KHE.new_empty(d_y_KHE.shape[:2], dtype=torch.float32)
@@ -107,7 +127,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_HKE, k_BJTE, v_BJTE, _, _, *layout, scale, windowed = inputs
+    q_HKE, k_BJTE, v_BJTE, _, _, _, _, *layout, scale, windowed = inputs
     ctx.save_for_backward(q_HKE, k_BJTE, v_BJTE, *output, *layout)
     ctx.scale, ctx.windowed = scale, windowed
 
@@ -131,7 +151,7 @@ def _backward(ctx: Any, d_y_KHE: Tensor, d_logsumexp_KH: Tensor) -> tuple[Tensor
         until_N = torch.searchsorted(first_K, keys_N, out_int32=True, right=True)
         d_keys_NJE = _d_keys(*statistics, keys_N, from_N, until_N, keys_N[T - 1 :: T] + 1, ctx.scale, ctx.windowed)
         d_k, d_v = (d_NJE.unflatten(0, (B, T)).transpose(1, 2) for d_NJE in d_keys_NJE)
-    return d_q_KHE.transpose(0, 1), d_k, d_v, d_own_k, d_own_v, None, None, None, None, None, None
+    return d_q_KHE.transpose(0, 1), d_k, d_v, d_own_k, d_own_v, *[None] * 8
 
 
 attend_rows.register_autograd(_backward, setup_context=_save)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import enum
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylon_api.training import AdaptationSpec, Architecture, ModelSpec, ResonateSpec
+from pylon_api.training import Activation, AdaptationSpec, Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder
 from pylon_trainer.models.resonate.adaptation import AdaptedBlock, Shared, adapt
+from pylon_trainer.models.resonate.binlop import Binlop
 from pylon_trainer.models.resonate.long_convolution import LongConvolution
 from pylon_trainer.models.resonate.mamba import Mamba
 from pylon_trainer.models.resonate.mixer import StateMixer
-from pylon_trainer.models.transformer import AttentionBlock, SwiGLU, intermediate_size
+from pylon_trainer.models.transformer import AttentionBlock, GatedActivation, GatedMLP, intermediate_size, swiglu
 
 
 class Resonate(Decoder):
@@ -38,7 +40,8 @@ class Resonate(Decoder):
         mixer_block = AdaptedMixerBlock if is_adapted else MixerBlock
         match kind_of(self.spec, number):
             case Kind.ATTENTION:
-                return (AdaptedAttentionBlock if is_adapted else AttentionBlock)(self.spec)
+                attention_block = AdaptedAttentionBlock if is_adapted else AttentionBlock
+                return attention_block(self.spec, activation_of(self.spec))
             case Kind.LONG_CONVOLUTION:
                 return mixer_block(self.spec, LongConvolution(self.spec))
             case Kind.SCAN:
@@ -58,7 +61,7 @@ class MixerBlock(Block):
         self.mixer_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_epsilon)
-        self.mlp = SwiGLU(spec.hidden_size, intermediate_size(spec))
+        self.mlp = GatedMLP(spec.hidden_size, intermediate_size(spec), activation_of(spec))
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), context)
@@ -72,6 +75,30 @@ class MixerBlock(Block):
     def residual_outputs(self) -> tuple[nn.Linear, ...]:
         """As Block has it."""
         return self.mixer.output, self.mlp.down
+
+
+def activation_of(spec: ModelSpec) -> GatedActivation:
+    """Of one MLP's gate."""
+    own = spec.resonate or ResonateSpec()
+    match own.activation:
+        case Activation.SILU:
+            return swiglu
+        case Activation.GELU:
+            return geglu
+        case Activation.RELU:
+            return reglu
+        case Activation.BINLOP:
+            return Binlop(own.binlop_minimum_slope)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """GELU's gated product."""
+    return F.gelu(gate) * up
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """ReLU's gated product."""
+    return F.relu(gate) * up
 
 
 class AdaptedMixerBlock(AdaptedBlock, MixerBlock):
