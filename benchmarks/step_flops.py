@@ -67,8 +67,8 @@ def _count(model_fields: dict[str, Any], vocabulary: int, tokens: int, gating: d
         model = build_model(ModelSpec.model_validate(model_fields), vocab_size=vocabulary)
         tokens_BT = torch.zeros(8, tokens, dtype=torch.int64)
         step = build_step(model, training, torch.device("cpu"))
-        with Counter() as whole:
-            step.forward_backward(Batch(tokens_BT, tokens_BT), global_tokens=tokens_BT.numel(), step=0)
+        with Counter() as whole:  # of a step at which the gate looks at no figures, which have no data here
+            step.forward_backward(Batch(tokens_BT, tokens_BT), global_tokens=tokens_BT.numel(), step=1)
         with Counter() as forward, torch.no_grad():
             hidden_BTD = model(tokens_BT)
             hidden_BTD @ model.head_weight.T

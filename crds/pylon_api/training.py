@@ -194,7 +194,7 @@ class ModelSpec(Spec):
     kv_heads: int | None = Field(default=None, ge=1, le=1024)
     """Key and value heads; heads must be divisible by it. Unset: as many as heads (no grouping)."""
     intermediate_size: int | None = Field(default=None, ge=8, le=262144)
-    """Inner width of the SwiGLU MLP. Unset: 8/3 of hiddenSize, rounded up to a multiple of 64."""
+    """Inner width of the gated MLP. Unset: 8/3 of hiddenSize, rounded up to a multiple of 64."""
     vocab_size: int | None = Field(default=None, ge=2, le=4194304)
     """Rows of the embedding. Unset: what the tokenizer needs. Set: at least that, or the trainer refuses."""
     embedding_rank: int = Field(default=0, ge=0, le=65536)

@@ -122,16 +122,19 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
 
 
 @pytest.mark.parametrize(
-    "gating",
+    ("gating", "activation"),
     [
-        {},
-        {"engine": "SinglePass"},
-        {"engine": "TwoPass", "rowActivations": "Recompute", "depthBuckets": 2},
-        {"granularity": "Sequence"},
+        ({}, "Silu"),
+        ({"engine": "SinglePass"}, "Binlop"),
+        ({"engine": "TwoPass", "rowActivations": "Recompute", "depthBuckets": 2}, "Binlop"),
+        ({"granularity": "Sequence"}, "Silu"),
     ],
 )
-def test_resonate_trains_with_every_gate(gating: dict[str, Any], tmp_path: Path, make_config: MakeConfig) -> None:
+def test_resonate_trains_with_every_gate(
+    gating: dict[str, Any], activation: str, tmp_path: Path, make_config: MakeConfig
+) -> None:
     own = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "attentionEvery": 3, "longConvolutionEvery": 2}
+    own |= {"activation": activation}
     fixed = {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.5} | gating
     exit_code, pod = run_pod(
         tmp_path,

@@ -10,8 +10,8 @@ from pylon_trainer.kernels import binlop
 from pylon_trainer.kernels.binlop import reference
 
 COEFFICIENTS = (0.5, 1.5, 0.8, 0.6)
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
-"""Of gradients and products, relative: about a unit in the last place."""
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+"""Of gradients and products, relative: a unit in the last place of bfloat16, a few of float32."""
 
 
 def coefficients(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,11 +58,11 @@ def test_kernels_take_strided_inputs_and_none_at_all(fused, device) -> None:
     gate, up, d_y = inputs((6, 10), torch.float32, device)
     strided = [x.T.contiguous().T for x in (gate, up, d_y)]
     y = fused.gated(*strided[:2], coefficients(device))
-    assert_close(y, reference.gated(gate, up, coefficients(device)), 1e-6)
+    assert_close(y, reference.gated(gate, up, coefficients(device)), 5e-6)
     d_gate, d_up, _ = fused.gated_backward(strided[2], strided[0], y, coefficients(device))
     expected = reference.gated_backward(d_y, gate, y, coefficients(device))
-    assert_close(d_gate, expected[0], 1e-6)
-    assert_close(d_up, expected[1], 1e-6)
+    assert_close(d_gate, expected[0], 5e-6)
+    assert_close(d_up, expected[1], 5e-6)
     empty = gate[:0]
     assert fused.gated(empty, empty, coefficients(device)).shape == (0, 10)
     assert fused.gated_backward(empty, empty, empty, coefficients(device))[2].tolist() == [0.0] * 4

@@ -133,3 +133,23 @@ def test_attention_of_rows_multiplies_on_tensor_cores_fed_in_the_background(kern
     ptx = compile_for_hopper(function, types, constants | strides, warps=tiling.warps, stages=tiling.stages)
     assert "wgmma.mma_async" in ptx
     assert ptx.count("cp.async.cg.shared.global") >= 4
+
+
+def test_binlop_moves_16_bytes_at_a_time() -> None:
+    from pylon_trainer.kernels.binlop import triton as binlop
+
+    elements = {"gate_N": "*bf16", "up_N": "*bf16", "y_N": "*bf16", "coefficients_4": "*fp32"}
+    # The launcher tells the compiler that N is a multiple of 16 where it is.
+    constants = {"N": 7 * binlop.BLOCK, "BLOCK": binlop.BLOCK}
+    forward = compile_for_hopper(binlop._forward_kernel, elements, constants, warps=binlop.WARPS)
+    assert forward.count("ld.global.v4.b32") == 4
+    assert forward.count("st.global.v4.b32") == 2
+    backward = compile_for_hopper(
+        binlop._backward_kernel,
+        {name: kind for name, kind in elements.items() if name != "up_N"}
+        | {"d_y_N": "*bf16", "d_gate_N": "*bf16", "d_up_N": "*bf16", "sums_P4": "*fp32"},
+        constants,
+        warps=binlop.WARPS,
+    )
+    assert backward.count("ld.global.v4.b32") == 6
+    assert backward.count("st.global.v4.b32") == 4

@@ -16,7 +16,7 @@ from typing import Any
 from pylon_api.run import CheckpointReport
 from pylon_trainer.checkpoint.manifest import FileEntry, Manifest
 from pylon_trainer.checkpoint.orders import Committed, Durable, End, Failed
-from pylon_trainer.checkpoint.restore import Shelf
+from pylon_trainer.checkpoint.shelf import Shelf
 from pylon_trainer.checkpoint.staged import Staged
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.errors import TrainerError

@@ -14,8 +14,8 @@ from pylon_api.training import CheckpointSpec
 from pylon_trainer.checkpoint.destination import Destination, Outcome, Save
 from pylon_trainer.checkpoint.manifest import PART_BYTES
 from pylon_trainer.checkpoint.policy import Reach
-from pylon_trainer.checkpoint.restore import Shelf
 from pylon_trainer.checkpoint.share import Divider
+from pylon_trainer.checkpoint.shelf import Shelf
 from pylon_trainer.checkpoint.slab import Slabs, default_budget_bytes
 from pylon_trainer.checkpoint.staging import Staging
 from pylon_trainer.checkpoint.writer_handle import WriterHandle

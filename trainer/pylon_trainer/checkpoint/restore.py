@@ -16,25 +16,13 @@ import torch
 from torch import Tensor
 
 from pylon_api.run import CheckpointReport
-from pylon_trainer.checkpoint.archive import Archive, Found, Place
+from pylon_trainer.checkpoint.archive import Found, Place
 from pylon_trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry, Manifest, placeholders
 from pylon_trainer.checkpoint.reading import empty_tensor, read_tensors
+from pylon_trainer.checkpoint.shelf import Shelf
 from pylon_trainer.checkpoint.state import join
 from pylon_trainer.errors import StorageError
 from pylon_trainer.runtime.distributed import World
-
-
-@dataclass(frozen=True, slots=True)
-class Shelf:
-    """One place where checkpoints lie, as this rank sees it."""
-
-    archive: Archive
-    is_shared: bool
-    """Whether every rank sees the same there: a store, and not a node's own disk."""
-    lists: bool
-    """Whether this rank looks for the others: rank 0 in a store, the first rank of each node on its disk."""
-    is_own: bool = True
-    """Whether it is this job's, so that damage may be noted there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from pylon_api.training import RestoreSpec
 from pylon_trainer.checkpoint import contents
 from pylon_trainer.checkpoint.archive import Place, open_other
 from pylon_trainer.checkpoint.manifest import Manifest
-from pylon_trainer.checkpoint.restore import Restored, Shelf, restore
+from pylon_trainer.checkpoint.restore import Restored, restore
+from pylon_trainer.checkpoint.shelf import Shelf
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.run import Run
 

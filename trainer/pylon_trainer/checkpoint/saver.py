@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from pylon_api.run import TrainerPhase
 from pylon_api.training import CheckpointSpec
 from pylon_trainer.checkpoint import contents
-from pylon_trainer.checkpoint.archive import Archive
 from pylon_trainer.checkpoint.destination import Outcome
 from pylon_trainer.checkpoint.ledger import Ledger
 from pylon_trainer.checkpoint.pace import Pace
 from pylon_trainer.checkpoint.pipeline import Pipeline
 from pylon_trainer.checkpoint.policy import Reach, next_move
-from pylon_trainer.checkpoint.restore import Shelf
 from pylon_trainer.checkpoint.resume import resume
-from pylon_trainer.checkpoint.storage import Storage
+from pylon_trainer.checkpoint.shelf import Shelf, shelves_of
 from pylon_trainer.errors import PeerLost, Stopped, StorageError
 from pylon_trainer.run import Run
 from pylon_trainer.runtime.signals import StopFlag
@@ -73,7 +71,7 @@ class Saver:
 
     def _open(self, spec: CheckpointSpec) -> None:
         run = self._run
-        self._shelves = _shelves(run, spec)
+        self._shelves = shelves_of(run.config, spec, run.world.rank)
         state = contents.replicated(run), contents.own(run)
         self._pipeline = Pipeline(run.world, spec, self._shelves, run.config.processes_per_node, *state)
         for line in self._pipeline.notices:
@@ -241,15 +239,3 @@ class Saver:
         """Of the grace; None while nobody asked to stop."""
         age_seconds = self._stop.age_seconds
         return None if age_seconds is None else max(0.0, self._grace_seconds - age_seconds)
-
-
-def _shelves(run: Run, spec: CheckpointSpec) -> list[Shelf]:
-    """Where this job's checkpoints lie, the nearest first."""
-    config, rank, shelves = run.config, run.world.rank, []
-    if spec.local is not None and config.local_checkpoint_directory is not None:
-        archive = Archive(Storage(config.local_checkpoint_directory), config.attempt, spec.local.keep)
-        shelves.append(Shelf(archive, is_shared=False, lists=rank % config.processes_per_node == 0))
-    if config.checkpoint_directory is not None:
-        archive = Archive(Storage(config.checkpoint_directory), config.attempt, spec.keep)
-        shelves.append(Shelf(archive, is_shared=True, lists=rank == 0))
-    return shelves

@@ -2,9 +2,9 @@
 
 The way back needs the gate and `up`. `up` is not held: the product y is, because the layer that multiplies it next
 holds it anyway, and up = y / bend(gate), to the last digit of y or so, as bend(gate) is 0 for no gate but 0. A gate
-nearer to 0 than SMALLEST counts as SMALLEST for that. So gate and y are all that lives on: as many numbers as a
-compiled SiLU, of which the compiler holds gate and up and computes y again, and a third less than an eager one holds
-beside its silu(gate). That the activation can be inverted saves nothing here: two numbers go into the product.
+nearer to 0 than SMALLEST counts as SMALLEST for that. So of an MLP's inner tensors two live on, gate and y, where a
+compiled SiLU has three, up as well, and an eager one four. Backward moves no byte more for it. Inverting the activation
+instead would save nothing here: two numbers go into the product, so two must stay.
 
 Shapes: any, alike for gate, up and y.
 """
