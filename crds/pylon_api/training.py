@@ -99,8 +99,8 @@ class AdaptationSpec(Spec):
 
     base: AdaptationBase = AdaptationBase.SEED
     """What W0 is. Zero: nothing; layers can write in as many directions as they have ranks. Seed: random, the same at
-    every start, never learnt, sent or saved. Dense: learnt weights, from checkpoint.restoreFrom if it is set, which do
-    not change, so that only what is added, norms, embeddings and the head learn."""
+    every start, never learnt, sent or saved. Dense: learnt weights, those of the run in checkpoint.restoreFrom,
+    which do not change before unfreezeStep, so that only what is added, norms, embeddings and the head learn."""
     base_seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """What base Seed is generated from."""
     rank: int = Field(default=8, ge=1, le=4096)
@@ -111,6 +111,12 @@ class AdaptationSpec(Spec):
     grow_every_steps: int = Field(default=1000, ge=0, le=2**53)
     """Steps after which the ranks in use double, until they are maximumRank; the function stays the same at each
     growth. 0 keeps to rank, and allocates no more."""
+    unfreeze_step: int | None = Field(default=None, ge=0, le=2**53)
+    """Base Dense only: the step from which W0 learns too, from the plain model's random weights where
+    checkpoint.restoreFrom is unset. Unset: it never learns."""
+    base_sync_steps: int = Field(default=128, ge=1, le=65536)
+    """Steps whose gradients of W0 are added up by every rank, summed exactly over ranks and applied as one update, once
+    it learns."""
     codebook: CodebookSpec | None = None
     """Lets s answer to the tokens so far, by a small network per block and atoms that all blocks share. Unset: s is
     1."""
@@ -121,6 +127,7 @@ class AdaptationSpec(Spec):
                 "self.growEverySteps == 0 || self.rank <= self.maximumRank",
                 "rank must not exceed maximumRank; growEverySteps 0 ignores maximumRank",
             ),
+            rule("!has(self.unfreezeStep) || self.base == 'Dense'", "unfreezeStep needs base Dense"),
         )
     )
 
@@ -131,6 +138,8 @@ class AdaptationSpec(Spec):
                 f"rank {self.rank} must not exceed maximumRank {self.maximum_rank}; "
                 f"growEverySteps 0 ignores maximumRank"
             )
+        if self.unfreeze_step is not None and self.base is not AdaptationBase.DENSE:
+            raise ValueError(f"unfreezeStep needs base Dense, not {self.base}")
         return self
 
     @property
@@ -241,6 +250,11 @@ class ModelSpec(Spec):
             ),
         )
     )
+
+    @property
+    def adaptation(self) -> AdaptationSpec | None:
+        """What is adapted, if anything is."""
+        return None if self.resonate is None else self.resonate.adaptation
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -849,8 +863,12 @@ class ExportSpec(Spec):
 
 
 _DENSE_NEEDS_WEIGHTS = (
-    "model.resonate.adaptation.base Dense needs checkpoint.restoreFrom, a run of the same model without adaptation; "
-    "set base Seed to begin with random weights"
+    "model.resonate.adaptation.base Dense needs checkpoint.restoreFrom, a run of the same model without adaptation, or "
+    "unfreezeStep; set base Seed for random weights that do not learn"
+)
+_RECORDED_GRADIENTS = (
+    "model.resonate.adaptation.unfreezeStep needs compile Default or Disabled: Graph records steps in which the same "
+    "weights learn"
 )
 
 
@@ -907,8 +925,15 @@ class TrainingSpec(Spec):
             rule(
                 "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
                 " || self.model.resonate.adaptation.base != 'Dense'"
+                " || has(self.model.resonate.adaptation.unfreezeStep)"
                 " || (has(self.checkpoint) && has(self.checkpoint.restoreFrom))",
                 _DENSE_NEEDS_WEIGHTS,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.unfreezeStep) || !has(self.compile)"
+                " || self.compile != 'Graph'",
+                _RECORDED_GRADIENTS,
             ),
         )
     )
@@ -931,10 +956,15 @@ class TrainingSpec(Spec):
 
     @model_validator(mode="after")
     def _dense_base_has_weights(self) -> Self:
-        adaptation = self.model.resonate and self.model.resonate.adaptation
+        adaptation = self.model.adaptation
+        if adaptation is None or adaptation.base is not AdaptationBase.DENSE:
+            return self
         has_weights = self.checkpoint is not None and self.checkpoint.restore_from is not None
-        if adaptation and adaptation.base is AdaptationBase.DENSE and not has_weights:
+        learns = adaptation.unfreeze_step is not None
+        if not (has_weights or learns):
             raise ValueError(_DENSE_NEEDS_WEIGHTS)
+        if learns and self.compile is Compile.GRAPH:
+            raise ValueError(_RECORDED_GRADIENTS)
         return self
 
     @model_validator(mode="after")

@@ -117,6 +117,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "rank": {f"{ADAPTATION}.maximumRank": 4096, "spec.training.model.hiddenSize": 8192},
             "maximumRank": {f"{ADAPTATION}.rank": 1, "spec.training.model.hiddenSize": 8192},
             "growEverySteps": {},
+            "unfreezeStep": {f"{ADAPTATION}.base": "Dense"},
+            "baseSyncSteps": {},
             "codebook.subKeys": {f"{ADAPTATION}.codebook.topK": 1},
             "codebook.width": {},
             "codebook.topK": {},
@@ -333,6 +335,28 @@ RULE_CASES = [
         "an odd width of atoms",
         {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"codebook": {"width": 63}}},
         "must be a multiple of 4",
+    ),
+    Case(
+        "dense weights that will learn",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 0},
+            RESTORE: REMOVED,
+        },
+    ),
+    Case(
+        "generated weights that would learn",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Seed", "unfreezeStep": 0}},
+        "unfreezeStep needs base Dense",
+    ),
+    Case(
+        "recorded steps in which more comes to learn",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            f"{TRAINING}.compile": "Graph",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 10},
+        },
+        "needs compile Default or Disabled",
     ),
     Case(
         "dense weights from nowhere",

@@ -44,6 +44,16 @@ ADAPTED = {
     },
 }
 """Ranks grow and sub-keys are looked at within a short run."""
+THAWING = {
+    "architecture": "Resonate",
+    "resonate": {
+        "headWidth": 8,
+        "stateSize": 8,
+        "chunkTokens": 4,
+        "adaptation": {"base": "Dense", "rank": 2, "maximumRank": 8, "unfreezeStep": 2, "baseSyncSteps": 2},
+    },
+}
+"""The base learns from the third step on and moves after the fourth, sixth and eighth."""
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, act: Callable[[], object]) -> None:
@@ -80,15 +90,15 @@ def committed_steps(checkpoints: Path) -> list[int]:
     return sorted(int(marker.parent.name.split("-")[1]) for marker in checkpoints.glob("step-*/COMMITTED"))
 
 
-def newest(checkpoints: Path) -> dict[str, bytes]:
-    """The ranks' files of the newest checkpoint: weights, moments, generators."""
-    marker = max(checkpoints.glob("step-*/COMMITTED"))
+def newest(checkpoints: Path, step: int | None = None) -> dict[str, bytes]:
+    """The ranks' files of the newest checkpoint, or that of a step: weights, moments, generators."""
+    marker = max(checkpoints.glob("step-*/COMMITTED" if step is None else f"step-{step:012}-*/COMMITTED"))
     return {path.name: path.read_bytes() for path in marker.parent.glob("rank-*.safetensors")}
 
 
-def weights(checkpoints: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint that all ranks have alike, by name."""
-    tensors = [safetensors.torch.load(data) for data in newest(checkpoints).values()]
+def weights(checkpoints: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """All tensors that all ranks have alike in the newest checkpoint, or that of a step, by name."""
+    tensors = [safetensors.torch.load(data) for data in newest(checkpoints, step).values()]
     return {name: tensor for part in tensors for name, tensor in part.items() if not name.startswith("own/")}
 
 
@@ -195,6 +205,7 @@ def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
         {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},
         {"consensus": {"codec": "Auto", "bytesPerStep": 7000}},
         {"model": ADAPTED},
+        {"model": THAWING, "consensus": {"hashCheckSteps": 1}},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
@@ -230,6 +241,21 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     assert newest(checkpoints) == files
     if "fallback" in fields.get("gating", {}):
         assert len(set(whole.values("token_ratio").values())) > 1, "the ratio has moved"
+
+
+def test_a_base_that_learns_moves_when_it_is_exchanged(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at_once(monkeypatch)
+    checkpoint = {"uri": str(tmp_path / "checkpoints"), "intervalSteps": 1, "keep": 8}
+    config = make_config(model=THAWING, checkpoint=checkpoint, consensus={"hashCheckSteps": 1}, schedule={"steps": 6})
+    exit_code, pod = run_pod(tmp_path, config)
+    assert exit_code == 0, pod.log
+    assert pod.final.healed_replicas == 0
+    name = "model/blocks.0.mixer.input.weight"
+    by_step = {step: weights(checkpoints, step)[name] for step in range(1, 7)}
+    moved = [step for step in range(2, 7) if not torch.equal(by_step[step], by_step[step - 1])]
+    assert moved == [4, 6]
 
 
 def test_a_stop_in_the_last_step_lets_the_run_finish(

@@ -21,6 +21,7 @@ from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
 from pylon_trainer.step import Batch, StepResult, TrainingStep
+from pylon_trainer.thaw import Thaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Run:
     exchange: Exchange
     agreement: Agreement
     upkeep: Upkeep
+    thaw: Thaw
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -67,6 +69,7 @@ class Run:
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
         learning_rate = self.config.training.optimizer.learning_rate * ratio
+        self.thaw.begin_step(self.step)
         results = [
             self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
             for part in self.micro_batches(batch)
@@ -77,6 +80,7 @@ class Run:
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
+        self.thaw.end_step(self.step, learning_rate)
         self.upkeep.end_step(self.step)
         self.tokens += global_tokens
         return Update(results, gradient_norm, learning_rate)
@@ -92,6 +96,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
+    thaw = Thaw(model, training.optimizer, world)
+    replicas = {**parameters, **optimizer.tensors, **thaw.tensors}
     return Run(
         config=config,
         world=world,
@@ -101,7 +107,8 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         parameters=parameters,
         optimizer=optimizer,
         exchange=build_exchange(world, training, parameters),
-        agreement=Agreement(world, {**parameters, **optimizer.tensors}, training.consensus.on_disagreement),
+        agreement=Agreement(world, replicas, training.consensus.on_disagreement),
         upkeep=Upkeep(model, world, training.seed),
+        thaw=thaw,
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

@@ -39,6 +39,7 @@ def own(run: Run) -> dict[str, Any]:
         "rng": rng_state(run.world.device),
         "exchange": run.exchange.state_dict(),
         "upkeep": run.upkeep.state_dict(),
+        "base": run.thaw.state_dict(),
     }
 
 
@@ -118,7 +119,7 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
     """
     run.step, run.tokens = state["position"]["step"], state["position"]["tokens"]
     run.training_step.load_state_dict(state["gate"])
-    kept = [{part: rank.get(part, {}) for part in ("exchange", "upkeep")} for rank in owns]
+    kept = [{part: rank.get(part, {}) for part in ("exchange", "upkeep", "base")} for rank in owns]
     if is_same_size:
         load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)
         mine = kept[run.world.rank]
@@ -127,6 +128,7 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
         mine = divide_up(kept, run.world.size)
     run.exchange.load_state_dict(mine["exchange"])
     run.upkeep.load_state_dict(mine["upkeep"])
+    run.thaw.load_state_dict(mine["base"])
     is_same_data = bool(state["identity"]["data"] == _identity(run)["data"])
     if is_same_data:
         run.data.load_state_dict(merge_states([dict(rank["data"]) for rank in owns]))
@@ -134,7 +136,8 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
 
 
 def _live(run: Run) -> dict[str, Any]:
-    return {"model": _tensors(run.model), "optimizer": run.optimizer.state_dict()}
+    optimizer = {**run.optimizer.state_dict(), "base": run.thaw.optimizer_state()}
+    return {"model": _tensors(run.model), "optimizer": optimizer}
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:

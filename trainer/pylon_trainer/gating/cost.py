@@ -114,7 +114,7 @@ def _block(model: ModelSpec, number: int, sequence_length: int) -> _Block:
 
 def _products(model: ModelSpec, layers: list[tuple[int, int]]) -> tuple[int, int]:
     """Operations of linear layers, by inputs and outputs, and those of them by weights that learn."""
-    adaptation = model.resonate and model.resonate.adaptation
+    adaptation = model.adaptation
     total = learnt = 0
     for inputs, outputs in layers:
         plain = 2 * inputs * outputs

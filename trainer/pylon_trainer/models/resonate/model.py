@@ -32,11 +32,11 @@ class Resonate(Decoder):
         super().__init__(spec, vocab_size)
         self.shared: Shared | None = None
         """What its blocks share where their layers are adapted."""
-        if (adaptation := _adaptation(spec)) is not None:
-            self.shared, self.generated = adapt(self, adaptation)
+        if spec.adaptation is not None:
+            self.shared, self.generated = adapt(self, spec.adaptation)
 
     def _block(self, number: int) -> Block:
-        is_adapted = _adaptation(self.spec) is not None
+        is_adapted = self.spec.adaptation is not None
         mixer_block = AdaptedMixerBlock if is_adapted else MixerBlock
         match kind_of(self.spec, number):
             case Kind.ATTENTION:
@@ -115,10 +115,6 @@ class Kind(enum.Enum):
     ATTENTION = enum.auto()
     LONG_CONVOLUTION = enum.auto()
     SCAN = enum.auto()
-
-
-def _adaptation(spec: ModelSpec) -> AdaptationSpec | None:
-    return None if spec.resonate is None else spec.resonate.adaptation
 
 
 def kind_of(spec: ModelSpec, number: int) -> Kind:
