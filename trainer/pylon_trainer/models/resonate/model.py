@@ -14,7 +14,7 @@ import enum
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylon_api.training import Activation, AdaptationSpec, Architecture, ModelSpec, ResonateSpec
+from pylon_api.training import Activation, Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder
 from pylon_trainer.models.resonate.adaptation import AdaptedBlock, Shared, adapt
