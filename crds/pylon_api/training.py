@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
 from pylon_api.base import Spec, rule, rules
@@ -168,7 +169,8 @@ class ResonateSpec(Spec):
     groups: int = Field(default=1, ge=1, le=256)
     """Sets of input and output maps of the state; the heads must be divisible by it."""
     chunk_tokens: int = Field(default=64, ge=1, le=1024)
-    """Tokens that the scan takes at a time as one product of matrices. It changes speed and memory, not results."""
+    """Tokens that a scan or a long convolution in PyTorch takes at a time as one product of matrices. It changes speed
+    and memory, not results; the scan's Triton kernels choose for themselves."""
     attention_every: int = Field(default=0, ge=0, le=1024)
     """Every so many blocks one attends instead of scanning: 8 makes blocks 8, 16, ... attention, which restores exact
     recall at a cost that grows with the sequence. 0 has none."""
@@ -182,8 +184,8 @@ class ResonateSpec(Spec):
     """Binlop only: the least slope that it may learn. Near 1 it is almost the identity; a small one may bend as sharply
     as a ReLU does on one side, and lets gradients vanish."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
-    """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
-    compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
+    """Auto: Triton kernels on CUDA, else PyTorch. PyTorch: the scan in PyTorch's own operations, to compare with; with
+    compile they are fused, and on CUDA slower than the kernels."""
     adaptation: AdaptationSpec | None = None
     """Large linear layers with few learnt ranks beside weights that do not learn. Unset: all weights learn."""
 
@@ -369,13 +371,16 @@ class OptimizerName(enum.StrEnum):
     MUON = "Muon"
     ADAFACTOR = "Adafactor"
     LION = "Lion"
+    SOPHIA = "Sophia"
 
 
+_MOMENTS = (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION, OptimizerName.SOPHIA)
 _OPTIMIZERS_WITH = {
-    "beta1": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
-    "beta2": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
-    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON),
+    "beta1": _MOMENTS,
+    "beta2": _MOMENTS,
+    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.SOPHIA),
     "momentum": (OptimizerName.MUON,),
+    "curvature_steps": (OptimizerName.SOPHIA,),
 }
 """Fields of an optimizer that not all optimizers have."""
 
@@ -396,18 +401,24 @@ class OptimizerSpec(Spec):
     """AdamW: with decoupled weight decay. Muon: the matrices inside the network move by orthogonalised momentum, and
     the rest by AdamW; AdamW's learning rates hold. Lion: by the sign of a momentum; wants a third to a tenth of AdamW's
     learning rate and as much more weight decay. Adafactor: second moments by row and column alone; wants about 30 times
-    AdamW's learning rate, as steps go by the size of the weights. State in bytes a parameter: AdamW 8, Muon and Lion 4,
-    Adafactor none to speak of. None of them decays vectors, such as those of norms."""
+    AdamW's learning rate, as steps go by the size of the weights. Sophia: momentum over the curvature, which it looks
+    at every curvatureSteps; AdamW's learning rate times 0.8. State in bytes a parameter: AdamW and Sophia 8, Muon and
+    Lion 4, Adafactor none to speak of. None of them decays vectors, such as those of norms."""
     learning_rate: float = Field(default=3e-4, gt=0, le=10)
     """Peak learning rate."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
-    """Decay of the first moment; not Adafactor's. Unset: 0.9."""
+    """Decay of the first moment, which Adafactor has not. Unset: 0.9, with Sophia 0.965."""
     beta2: float | None = Field(default=None, ge=0, lt=1)
-    """Decay of the second moment, with Lion of the momentum; not Adafactor's. Unset: 0.95, with Lion 0.99."""
+    """Decay of the second moment, with Lion of the momentum, with Sophia of the curvature; Adafactor has its own way.
+    Unset: 0.95, with Lion and Sophia 0.99."""
     epsilon: float | None = Field(default=None, gt=0, lt=1)
-    """Added to the root of the second moment, by AdamW and by Muon's AdamW. Unset: 1e-8."""
+    """Added to the root of the second moment, by AdamW and Muon; with Sophia the least curvature. Unset: 1e-8, with
+    Sophia 1e-15."""
     momentum: float | None = Field(default=None, ge=0, lt=1)
     """Muon only: decay of the momentum of its matrices. Unset: 0.95."""
+    curvature_steps: int | None = Field(default=None, ge=1, le=2**53)
+    """Sophia only: updates between two looks at the curvature, each at the cost of more than a plain step. Unset:
+    10."""
     weight_decay: float = Field(default=0.1, ge=0, le=10)
     """Decoupled weight decay per unit of learning rate; 0 switches it off."""
     gradient_clip_norm: float = Field(default=1.0, ge=0)
@@ -419,8 +430,8 @@ class OptimizerSpec(Spec):
         json_schema_extra=rules(
             *(
                 rule(
-                    f"!has(self.{field}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
-                    f"{field} goes with {' or '.join(names)}, and with no other optimizer",
+                    f"!has(self.{to_camel(field)}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
+                    f"{to_camel(field)} goes with {', '.join(names)}, and with no other optimizer",
                 )
                 for field, names in _OPTIMIZERS_WITH.items()
             )
@@ -431,7 +442,7 @@ class OptimizerSpec(Spec):
     def _fields_are_of_this_optimizer(self) -> Self:
         for field, names in _OPTIMIZERS_WITH.items():
             if getattr(self, field) is not None and self.name not in names:
-                raise ValueError(f"{field} goes with {' or '.join(names)}, not with {self.name}: leave it out")
+                raise ValueError(f"{to_camel(field)} goes with {', '.join(names)}, not with {self.name}: leave it out")
         return self
 
 
@@ -489,6 +500,11 @@ class Compile(enum.StrEnum):
     OFF = "Disabled"  # YAML 1.1 reads a bare Off as false
     DEFAULT = "Default"
     GRAPH = "Graph"
+
+
+class Recompute(enum.StrEnum):
+    MIXERS = "Mixers"
+    BLOCKS = "Blocks"
 
 
 class GatingStrategy(enum.StrEnum):
@@ -870,6 +886,9 @@ _RECORDED_GRADIENTS = (
     "model.resonate.adaptation.unfreezeStep needs compile Default or Disabled: Graph records steps in which the same "
     "weights learn"
 )
+_CURVATURE_OF_THE_BASE = (
+    "model.resonate.adaptation.unfreezeStep needs an optimizer other than Sophia, which does not look at the base"
+)
 
 
 class TrainingSpec(Spec):
@@ -891,6 +910,10 @@ class TrainingSpec(Spec):
     """Default: torch.compile of every block. Graph: the same, and on CUDA every kind of step is recorded once as a CUDA
     graph and then replayed, but for steps of gating.granularity Sequence; for models whose kernels are shorter than
     their launches, up to a few hundred million parameters. Disabled: eager."""
+    recompute: Recompute = Recompute.MIXERS
+    """What the backward pass computes again in place of holding it. Mixers: what lies between the two projections of
+    Resonate's mixers, which costs little. Blocks: every block from its input, for a fraction of the memory and about
+    a third more work. It concerns steps in which all tokens carry gradient; others have gating.rowActivations."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Fixes initialisation, data order and gating; the same seed on the same machines gives the same losses."""
     gating: GatingSpec = GatingSpec()
@@ -918,6 +941,11 @@ class TrainingSpec(Spec):
                 "gating.routerLayers must not exceed model.layers",
             ),
             rule(
+                "!has(self.optimizer) || self.optimizer.name != 'Sophia' || !has(self.consensus)"
+                " || self.consensus.codec == 'Exact'",
+                "optimizer Sophia needs consensus.codec Exact, by which it sums its looks at the curvature",
+            ),
+            rule(
                 "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
                 " || self.model.architecture == 'Transformer'",
                 "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
@@ -934,6 +962,12 @@ class TrainingSpec(Spec):
                 " || !has(self.model.resonate.adaptation.unfreezeStep) || !has(self.compile)"
                 " || self.compile != 'Graph'",
                 _RECORDED_GRADIENTS,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.unfreezeStep) || !has(self.optimizer)"
+                " || self.optimizer.name != 'Sophia'",
+                _CURVATURE_OF_THE_BASE,
             ),
         )
     )
@@ -965,6 +999,17 @@ class TrainingSpec(Spec):
             raise ValueError(_DENSE_NEEDS_WEIGHTS)
         if learns and self.compile is Compile.GRAPH:
             raise ValueError(_RECORDED_GRADIENTS)
+        if learns and self.optimizer.name is OptimizerName.SOPHIA:
+            raise ValueError(_CURVATURE_OF_THE_BASE)
+        return self
+
+    @model_validator(mode="after")
+    def _curvature_is_summed_exactly(self) -> Self:
+        if self.optimizer.name is OptimizerName.SOPHIA and self.consensus.codec is not ConsensusCodec.EXACT:
+            raise ValueError(
+                f"optimizer Sophia needs consensus.codec Exact, by which it sums its looks at the curvature, "
+                f"not {self.consensus.codec}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -126,6 +126,7 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
         }.items()
     },
     "spec.training.optimizer.momentum": {"spec.training.optimizer.name": "Muon"},
+    "spec.training.optimizer.curvatureSteps": {"spec.training.optimizer.name": "Sophia"},
     "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
     "spec.training.gating.routerLayers": {
         "spec.training.gating.granularity": "Sequence",
@@ -359,6 +360,15 @@ RULE_CASES = [
         "needs compile Default or Disabled",
     ),
     Case(
+        "a base that will learn without its curvature",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            f"{TRAINING}.optimizer.name": "Sophia",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 10},
+        },
+        "an optimizer other than Sophia",
+    ),
+    Case(
         "dense weights from nowhere",
         {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Dense"}, RESTORE: REMOVED},
         "needs checkpoint.restoreFrom",
@@ -374,10 +384,17 @@ RULE_CASES = [
     Case("a file without a uri", {TOKENIZER: {"kind": "File"}}, "uri goes with kind File"),
     Case("moments of AdamW", {OPTIMIZER: {"beta1": 0.8, "beta2": 0.9, "epsilon": 1e-6}}),
     Case("a momentum of Muon", {OPTIMIZER: {"name": "Muon", "momentum": 0.9, "beta1": 0.8, "epsilon": 1e-6}}),
+    Case("a curvature", {OPTIMIZER: {"name": "Sophia", "curvatureSteps": 5, "beta2": 0.98}}),
+    Case("a curvature of AdamW", {OPTIMIZER: {"curvatureSteps": 5}}, "curvatureSteps goes with Sophia"),
+    Case(
+        "a curvature in few bytes",
+        {OPTIMIZER: {"name": "Sophia"}, CONSENSUS: {"codec": "Int8"}},
+        "optimizer Sophia needs consensus.codec Exact",
+    ),
     Case("a momentum of AdamW", {OPTIMIZER: {"momentum": 0.9}}, "momentum goes with Muon"),
-    Case("an epsilon of Lion", {OPTIMIZER: {"name": "Lion", "epsilon": 1e-6}}, "epsilon goes with AdamW or Muon"),
+    Case("an epsilon of Lion", {OPTIMIZER: {"name": "Lion", "epsilon": 1e-6}}, "epsilon goes with AdamW, Muon"),
     *(
-        Case(f"{field} of Adafactor", {OPTIMIZER: {"name": "Adafactor", field: 0.5}}, f"{field} goes with AdamW or")
+        Case(f"{field} of Adafactor", {OPTIMIZER: {"name": "Adafactor", field: 0.5}}, f"{field} goes with AdamW,")
         for field in ("beta1", "beta2", "epsilon")
     ),
     Case("steps", {f"{TRAINING}.schedule": {"steps": 1}}),

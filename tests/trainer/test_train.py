@@ -204,6 +204,7 @@ def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
         {"gating": {"strategy": "GradientNorm", "ratioControl": "Fixed"}},
         {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},
         {"consensus": {"codec": "Auto", "bytesPerStep": 7000}},
+        {"optimizer": {"name": "Sophia", "learningRate": 0.001, "curvatureSteps": 2, "lookahead": {"steps": 3}}},
         {"model": ADAPTED},
         {"model": THAWING, "consensus": {"hashCheckSteps": 1}},
     ],

@@ -16,6 +16,7 @@ from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.models.resonate.upkeep import Upkeep
+from pylon_trainer.optim.curvature import Curvature, build_curvature
 from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
@@ -47,6 +48,7 @@ class Run:
     optimizer: Optimizer
     exchange: Exchange
     agreement: Agreement
+    curvature: Curvature | None
     upkeep: Upkeep
     thaw: Thaw
     total_steps: int
@@ -70,9 +72,9 @@ class Run:
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
         learning_rate = self.config.training.optimizer.learning_rate * ratio
         self.thaw.begin_step(self.step)
+        parts = self.micro_batches(batch)
         results = [
-            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step)
-            for part in self.micro_batches(batch)
+            self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step) for part in parts
         ]
         before_update()
         self.exchange.exchange(named_gradients(self.parameters))
@@ -83,6 +85,8 @@ class Run:
         self.thaw.end_step(self.step, learning_rate)
         self.upkeep.end_step(self.step)
         self.tokens += global_tokens
+        if self.curvature:
+            self.curvature.follow(parts, global_tokens, self.step)
         return Update(results, gradient_norm, learning_rate)
 
 
@@ -108,6 +112,7 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         optimizer=optimizer,
         exchange=build_exchange(world, training, parameters),
         agreement=Agreement(world, replicas, training.consensus.on_disagreement),
+        curvature=build_curvature(world, training, model, optimizer, parameters),
         upkeep=Upkeep(model, world, training.seed),
         thaw=thaw,
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylon_api.training import AdaptationBase, ResonateSpec
+from pylon_api.training import AdaptationBase, OptimizerName, ResonateSpec
 from pylon_trainer.checkpoint.manifest import Manifest, placeholders
 from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.consensus import divide_up
@@ -55,6 +55,9 @@ def all_of(run: Run, manifest: Manifest, uri: str) -> dict[str, Tensor]:
             f"the weights that this machine generates from model.resonate.adaptation.baseSeed are not those that {uri} "
             f"was trained with; run the image that wrote it"
         )
+    had, asked = saved.get("optimizer", OptimizerName.ADAMW), wanted["optimizer"]
+    if had != asked:
+        raise ConfigError(f"training.optimizer.name is {asked}, but {uri} was trained with {had}")
     tensors = separate(_live(run))[1]
     live = {part: manifest.replicated[part] for part in ("model", "optimizer")}
     shapes = {place["key"]: tuple(place["shape"]) for place in placeholders(live)}
@@ -154,6 +157,7 @@ def _identity(run: Run) -> dict[str, Any]:
     return {
         "model": training.model.to_wire(),
         "tokenizer": run.data.tokenizer.fingerprint,
+        "optimizer": training.optimizer.name.value,
         "data": {**data, "seed": training.seed, "sequences": training.batch.sequences},
         **({} if generated is None else {"generated": generated}),
     }

@@ -12,7 +12,7 @@ that a mixer takes and gives.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -64,6 +64,8 @@ class Context:
     mask: Tensor | None
     """B x 1 x T x T, True where a query may look; None without starts_BT, from which it is derived, and where no block
     attends."""
+    holds_mixers: bool = field(default=False, kw_only=True)
+    """Whether what lies within a mixer is held for the way back; where whole blocks run again, once is enough."""
 
     @classmethod
     def of(
@@ -89,6 +91,9 @@ class Context:
 
     def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
         """What a mixer makes of all tokens, each with those before it in its document, B x T x O."""
+        if self.holds_mixers:
+            with torch.autocast(x_BTI.device.type, enabled=False):
+                return mixer.run(x_BTI, self.starts_BT)[0]
         # The way back runs the mixer again from x_BTI, which is held anyway, so that nothing within it is held.
         return recomputed(lambda x: mixer.run(x, self.starts_BT)[0], mixer, x_BTI)
 

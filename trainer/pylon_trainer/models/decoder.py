@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.models.context import Context
+from pylon_trainer.models.recompute import recomputed
 
 
 class Block(nn.Module, ABC):
@@ -58,6 +60,8 @@ class Decoder(nn.Module, ABC):
         tied = spec.tie_embeddings
         self.output_projection = None if tied or not spec.embedding_rank else plain_linear(spec.hidden_size, width)
         self.output = None if tied else plain_linear(width, vocab_size)
+        self.recomputes_blocks = False
+        """Whether `forward` holds nothing of a block but its input for the way back."""
         self._initialise()
 
     @property
@@ -78,7 +82,7 @@ class Decoder(nn.Module, ABC):
         context = self.context(tokens_BT, documents_BT)
         x_BTD = self.embed(tokens_BT, context.places)
         for block in self.blocks:
-            x_BTD = block(x_BTD, context)
+            x_BTD = self._recomputed(block, x_BTD, context) if self.recomputes_blocks else block(x_BTD, context)
         normed_BTD: Tensor = self.norm(x_BTD)
         return normed_BTD
 
@@ -131,6 +135,12 @@ class Decoder(nn.Module, ABC):
         return Context.of(
             places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT, attends=self.attends
         )
+
+    def _recomputed(self, block: Block, x_BTD: Tensor, context: Context) -> Tensor:
+        device = x_BTD.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        context = replace(context, holds_mixers=True)
+        return recomputed(lambda x: block(x, context), block, x_BTD, autocast=autocast)
 
     def initial_std(self, *, is_residual: bool) -> float:
         """Deviation that a matrix is drawn with; those that write to the residual stream shrink with depth (GPT-2,
