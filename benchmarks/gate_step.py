@@ -32,7 +32,7 @@ from step_flops import StepFlops, counting_process, step_flops
 
 from pylon_api.training import Compile, DataSpec, GatingSpec, ModelSpec, Precision, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
-from pylon_trainer.models import Transformer, build_model
+from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.step import Batch, TrainingStep
 
 
@@ -48,7 +48,7 @@ class Shape:
         tokens_BT = torch.randint(self.vocabulary, (sequences, self.tokens + 1))
         return Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()).to(device)
 
-    def build(self, layers: int | None = None) -> Transformer:
+    def build(self, layers: int | None = None) -> Decoder:
         fields = self.model if layers is None else {**self.model, "layers": layers}
         return build_model(ModelSpec.model_validate(fields), vocab_size=self.vocabulary)
 
@@ -82,7 +82,7 @@ QUICK = ("SinglePass Truncated Keep", "TwoPass")
 QUICK_RATIOS = (0.25, 0.5, 1.0)
 
 
-def step_of(model: Transformer, device: torch.device, compile: Compile, gating: dict[str, Any]) -> TrainingStep:
+def step_of(model: Decoder, device: torch.device, compile: Compile, gating: dict[str, Any]) -> TrainingStep:
     training = TrainingSpec(
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=1),
@@ -143,7 +143,7 @@ def measure(
     return kinds
 
 
-def plain_kinds(model: Transformer, device: torch.device, compile: Compile, flops: Future[StepFlops]) -> Iterator[Kind]:
+def plain_kinds(model: Decoder, device: torch.device, compile: Compile, flops: Future[StepFlops]) -> Iterator[Kind]:
     """Pylon's own, and on CUDA the same blocks with other heads."""
     yield Kind("Plain", 1.0, partial(step_of, model, device, compile, {}), flops, is_plain=True)
     if device.type == "cuda":

@@ -4,8 +4,8 @@
     python benchmarks/optimizers.py losses      # needs the corpus of gate_quality.py --prepare
 
 An update is clipping and the optimizer's step on weights and gradients that stay. `host_ms` is the time until the host
-has launched it. For losses each optimizer trains the same model from the same weights on the same batches, at the best
-of a few learning rates around the usual one.
+has launched it. For losses each optimizer trains the same model from the same weights on the same batches, at each of a
+few learning rates.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ SHAPES: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
 RATES: dict[str, tuple[float, ...]] = {
     "AdamW": (1e-3, 3e-3),
     "Muon": (1e-3, 3e-3),
-    "Lion": (1e-4, 3e-4),
+    "Lion": (3e-4, 1e-3),
     "Adafactor": (2e-2, 6e-2),
+    "Sophia": (1e-3, 3e-3),
 }
 """Peak learning rates that losses are measured at."""
 

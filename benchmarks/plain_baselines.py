@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pylon_api.training import ModelSpec
-from pylon_trainer.models import Transformer
+from pylon_trainer.models import Decoder
 from pylon_trainer.step import IGNORED, Batch
 
 LossSum = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,7 +42,7 @@ BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.E
 class WholeHeadStep:
     """A plain step on CUDA in bfloat16 whose head and loss are another's, by one backward pass through everything."""
 
-    model: Transformer
+    model: Decoder
     loss_sum: LossSum
 
     def forward_backward(self, batch: Batch, *, global_tokens: int, step: int) -> None:  # noqa: ARG002

@@ -34,8 +34,10 @@ from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating.replay import Replay
 from pylon_trainer.models import Decoder, build_model
+from pylon_trainer.optim.curvature import Curvature, build_curvature
 from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.optim.schedule import learning_rate_ratio
+from pylon_trainer.runtime.distributed import World
 from pylon_trainer.step import Batch, TrainingStep
 
 ROUND_STEPS = 16
@@ -133,11 +135,12 @@ class Laboratory:
         step = self._plain if not strategy.gating else self._build(strategy.gating)
         fresh = copy.deepcopy(step.state_dict())
         optimizer = Optimizer(self._parameters, strategy.optimizer)
+        curvature = self._curvature(optimizer, strategy.optimizer)
         batches = self._batches(strategy, kind, seed=0)
         warm = 0
         while warm < WARM_STEPS:
             graphs = _made(step)
-            round_s = self._round(step, optimizer, batches, [1e-4] * ROUND_STEPS, first=warm)[0]
+            round_s = self._round(step, optimizer, curvature, batches, [1e-4] * ROUND_STEPS, first=warm)[0]
             warm += ROUND_STEPS
             if _made(step) == graphs:
                 break
@@ -167,6 +170,7 @@ class Laboratory:
     ) -> tuple[Outcome, Snapshot]:
         """One run from a snapshot, and where it ended. With `steps`, that many instead of the phase's seconds."""
         optimizer = self._restore(snapshot, strategy.optimizer)
+        curvature = self._curvature(optimizer, strategy.optimizer)
         step, step_s = self._steps[strategy.name], self._step_s[strategy.name]
         step.load_state_dict(self._fresh[strategy.name])
         batches = self._batches(strategy, phase.kind, seed)
@@ -181,7 +185,7 @@ class Laboratory:
                 shares = [min((clock_s + i * step_s) / budget_s, 1.0) for i in range(count)]
             graphs = _made(step)
             rates = [phase.learning_rate * _rate(phase.schedule, share) for share in shares]
-            round_s, gated_tokens = self._round(step, optimizer, batches, rates, first=done)
+            round_s, gated_tokens = self._round(step, optimizer, curvature, batches, rates, first=done)
             if _made(step) == graphs:
                 step_s = round_s / count
             recompiles += _made(step) - graphs
@@ -194,7 +198,14 @@ class Laboratory:
         return Outcome(loss, clock_s, done, tokens, int(gated) / max(tokens, 1), recompiles), end
 
     def _round(
-        self, step: TrainingStep, optimizer: Optimizer, batches: Iterator[Batch], rates: list[float], *, first: int
+        self,
+        step: TrainingStep,
+        optimizer: Optimizer,
+        curvature: Curvature | None,
+        batches: Iterator[Batch],
+        rates: list[float],
+        *,
+        first: int,
     ) -> tuple[float, Tensor]:
         """One step for each learning rate; the seconds they took together, and the tokens that carried gradient."""
         gated = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -205,6 +216,8 @@ class Laboratory:
             optimizer.update(rate)
             for parameter in self._parameters.values():
                 parameter.grad = None
+            if curvature:
+                curvature.follow([batch], batch.labels_BT.numel(), number + 1)
             gated += result.gated_tokens
         end = Mark(self._device)
         end.wait()
@@ -219,14 +232,20 @@ class Laboratory:
         return float(loss_sum) / (whole * self.scale.tokens)
 
     def _build(self, gating: dict[str, Any]) -> TrainingStep:
-        training = TrainingSpec(
+        return build_step(self.model, self._training(gating=GatingSpec.model_validate(gating)), self._device)
+
+    def _curvature(self, optimizer: Optimizer, spec: OptimizerSpec) -> Curvature | None:
+        alone = World(0, 1, 0, self._device)
+        return build_curvature(alone, self._training(optimizer=spec), self.model, optimizer, self._parameters)
+
+    def _training(self, **fields: Any) -> TrainingSpec:
+        return TrainingSpec(
             data=DataSpec(train=["unused"]),
             schedule=ScheduleSpec(steps=1),
             precision=Precision.BFLOAT16 if self._device.type == "cuda" else Precision.FLOAT32,
             compile=self._compile,
-            gating=GatingSpec.model_validate(gating),
+            **fields,
         )
-        return build_step(self.model, training, self._device)
 
     def _cut(self, ids: Ids) -> Tensor:
         """Windows of a sequence and the token after it, W x (T + 1)."""

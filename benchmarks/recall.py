@@ -81,7 +81,7 @@ def train(variant: Variant, task: Task, rate: float, seed: int, device: torch.de
     model = variant.build(task.shape, task.vocabulary).to(device)
     step = step_of(model, device, compile, {})
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(parameters, variant.optimizer_spec())
+    optimizer = Optimizer(parameters, variant.strategy.optimizer)
     schedule = ScheduleSpec(steps=task.steps, warmup_steps=task.steps // 10)
     generator = torch.Generator(device).manual_seed(seed)
     begin = Mark(device)

@@ -19,16 +19,17 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gate_quality import CORPUS, COSINE
 from measure import RESULTS, device_name, print_table, read_rows, write_results
-from python_corpus import VOCABULARY, read_corpus
-from quality_runs import Laboratory, Outcome, Phase, Scale, Strategy
+from python_corpus import VOCABULARY, Ids, read_corpus
+from quality_runs import Laboratory, Outcome, Phase, Scale
 from recall import Task, train
 from resonate_table import SHARE, name_of, summarise
 from resonate_variants import CORE, LARGE, SMALL, VARIANTS, Shape, Variant
@@ -40,10 +41,27 @@ BUDGETS = ("tokens", "seconds", SHARE)
 RATE_SEED = 1000
 RATE_SHARE = 0.25
 RECALL_RATES = (1e-3, 4e-3)
+T = TypeVar("T")
+REAL = Scale({}, sequences=64, tokens=512)
+TOY = Scale({}, sequences=8, tokens=128)
 TASKS = {
-    "cuda": Task(Shape({"hidden_size": 128, "heads": 4}, SMALL.layers), 2048, 256, (8, 32, 64), 128, 3000),
-    "cpu": Task(SMALL, 128, 64, (4, 8, 16), 32, 400),
+    "large": Task(Shape({"hidden_size": 128, "heads": 4}, SMALL.layers), 2048, 256, (8, 32, 64), 128, 4000),
+    "small": Task(SMALL, 32, 32, (2, 4, 8), 32, 1500),
 }
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A variant, compiled, and the learning rate that suits it."""
+
+    variant: Variant
+    laboratory: Laboratory
+    rate: float
+
+    def train(self, seed: int, *, seconds: float = math.nan, steps: int | None = None) -> Outcome:
+        """From fresh weights, for so many steps or else seconds."""
+        phase = Phase("scratch", "python", seconds, self.rate, COSINE)
+        return self.laboratory.train(self.variant.strategy, phase, seed, self.laboratory.start(seed), steps)[0]
 
 
 class Study:
@@ -58,111 +76,101 @@ class Study:
 
     def compare_text(self, variants: list[Variant]) -> None:
         """Losses on held-out sources."""
+        corpus = {k: ids for k, ids in read_corpus(self._arguments.corpus).items() if k.startswith("python")}
+        entered = [self._survives(variant.name, partial(self._enter, variant, corpus)) for variant in variants]
+        for seed in range(self._arguments.seeds):
+            for contender in filter(None, entered):
+                for budget in self._arguments.budgets:
+                    what = f"{contender.variant.name}, seed {seed}, {budget}"
+                    self._survives(what, partial(self._run_text, contender, seed, budget))
+
+    def _enter(self, variant: Variant, corpus: Mapping[str, Ids]) -> Contender:
+        """Compile it, and find its learning rate."""
         arguments = self._arguments
-        shape = SMALL if arguments.small else LARGE
-        scale = Scale({}, sequences=8, tokens=128) if arguments.small else Scale({}, sequences=64, tokens=512)
-        corpus = {k: ids for k, ids in read_corpus(arguments.corpus).items() if k.startswith("python")}
-        laboratories: dict[str, Laboratory] = {}
-        rates: dict[str, float] = {}
+        shape, scale = (SMALL, TOY) if arguments.small else (LARGE, REAL)
+        build = partial(variant.build, shape, VOCABULARY)
+        laboratory = Laboratory(scale, corpus, self._device, arguments.compile, build)
+        step_s = laboratory.prepare(variant.strategy, "python")
+        rates = (arguments.learning_rate,) if arguments.learning_rate else variant.rates
+        tried = [Contender(variant, laboratory, rate) for rate in rates]
+        steps = max(1, round(RATE_SHARE * arguments.steps))
+        losses = {one.rate: one.train(RATE_SEED, steps=steps).loss for one in tried} if len(tried) > 1 else {}
+        best = min(tried, key=lambda one: losses.get(one.rate, 0.0))
+        tokens_per_s = scale.sequences * scale.tokens / step_s
+        print(f"{variant.name}: {tokens_per_s:,.0f} tokens/s, learning rate {best.rate} of {losses}", flush=True)
+        return best
 
-        def prepare(variant: Variant) -> None:
-            build = partial(variant.build, shape, VOCABULARY)
-            laboratory = Laboratory(scale, corpus, self._device, arguments.compile, build)
-            step_s = laboratory.prepare(Strategy("plain", optimizer=variant.optimizer_spec()), "python")
-            tokens_per_s = scale.sequences * scale.tokens / step_s
-            rates[variant.name] = self._best_rate(laboratory, variant)
-            laboratories[variant.name] = laboratory
-            print(f"{variant.name}: {tokens_per_s:,.0f} tokens/s, rate {rates[variant.name]}", flush=True)
+    def _run_text(self, contender: Contender, seed: int, budget: str) -> None:
+        variant, steps = contender.variant, self._arguments.steps
+        if budget == "seconds":
+            seconds = self._seconds_of_baseline(seed)
+            if seconds is None or variant.name == BASELINE:
+                return
+            outcome = contender.train(seed, seconds=seconds)
+        elif budget == SHARE:
+            if variant.architecture != "resonate":
+                return
+            outcome = contender.train(seed, steps=round(0.8 * steps))
+        else:
+            outcome = contender.train(seed, steps=steps)
+        self._keep(
+            variant,
+            "text",
+            budget,
+            seed,
+            parameters=sum(parameter.numel() for parameter in contender.laboratory.model.parameters()),
+            tokens=outcome.tokens,
+            seconds=outcome.seconds,
+            loss=outcome.loss,
+            learning_rate=contender.rate,
+        )
 
-        def run(variant: Variant, seed: int, budget: str) -> None:
-            laboratory = laboratories[variant.name]
-            seconds = seconds_of.get(seed, math.nan)
-            steps = {"tokens": arguments.steps, SHARE: round(0.8 * arguments.steps)}.get(budget)
-            outcome = self._train(laboratory, variant, rates[variant.name], seed, seconds, steps)
-            if variant.name == BASELINE and budget == "tokens":
-                seconds_of[seed] = outcome.seconds
-            parameters = sum(parameter.numel() for parameter in laboratory.model.parameters())
-            self._keep(
-                variant,
-                "text",
-                budget,
-                seed,
-                parameters=parameters,
-                tokens=outcome.tokens,
-                seconds=outcome.seconds,
-                loss=outcome.loss,
-                learning_rate=rates[variant.name],
-            )
-
-        ready = [variant for variant in variants if self._survives(variant.name, partial(prepare, variant))]
-        seconds_of = {row["seed"]: row["seconds"] for row in self._own_rows("text") if name_of(row) == BASELINE}
-        for seed in range(arguments.seeds):
-            for variant in ready:
-                for budget in arguments.budgets:
-                    if budget == "seconds" and (variant.name == BASELINE or seed not in seconds_of):
-                        continue
-                    if budget == SHARE and variant.architecture != "resonate":
-                        continue
-                    self._survives(f"{variant.name}, seed {seed}, {budget}", partial(run, variant, seed, budget))
-
-    def _best_rate(self, laboratory: Laboratory, variant: Variant) -> float:
-        given = self._arguments.learning_rate
-        rates = [given] if given else list(variant.rates)
-        if len(rates) == 1:
-            return rates[0]
-        steps = max(1, round(RATE_SHARE * self._arguments.steps))
-        losses = {rate: self._train(laboratory, variant, rate, RATE_SEED, math.nan, steps).loss for rate in rates}
-        print(f"{variant.name}: " + ", ".join(f"{rate}: {loss:.4f}" for rate, loss in losses.items()), flush=True)
-        return min(losses, key=losses.__getitem__)
-
-    def _train(
-        self, laboratory: Laboratory, variant: Variant, rate: float, seed: int, seconds: float, steps: int | None
-    ) -> Outcome:
-        phase = Phase("scratch", "python", seconds, rate, COSINE)
-        return laboratory.train(
-            Strategy("plain", optimizer=variant.optimizer_spec()), phase, seed, laboratory.start(seed), steps
-        )[0]
+    def _seconds_of_baseline(self, seed: int) -> float | None:
+        for row in self.rows:
+            if (row["device"], row["task"], name_of(row), row["seed"]) == (device_name(), "text", BASELINE, seed):
+                return float(row["seconds"])
+        return None
 
     def compare_recall(self, variants: list[Variant]) -> None:
         """Right answers by number of pairs."""
-        task = TASKS["cpu" if self._arguments.small else "cuda"]
-        compile, rates = self._arguments.compile, dict[str, float]()
-
-        def run(variant: Variant, seed: int) -> None:
-            tried = [rates[variant.name]] if variant.name in rates else RECALL_RATES
-            found = {rate: train(variant, task, rate, seed, self._device, compile) for rate in tried}
-            rate = max(found, key=lambda rate: sum(found[rate].recall.values()))
-            rates[variant.name], result = rate, found[rate]
-            for pairs in task.pairs:
-                self._keep(
-                    variant,
-                    "recall",
-                    f"{pairs} pairs",
-                    seed,
-                    parameters=result.parameters,
-                    tokens=task.steps * task.sequences * task.tokens,
-                    seconds=result.seconds,
-                    loss=result.loss[pairs],
-                    recall=result.recall[pairs],
-                    learning_rate=rate,
-                )
-
+        task = TASKS["small" if self._arguments.small else "large"]
+        rates: dict[str, float] = {}
         for seed in range(self._arguments.seeds):
             for variant in variants:
-                self._survives(f"{variant.name}, recall, seed {seed}", partial(run, variant, seed))
+                what = f"{variant.name}, recall, seed {seed}"
+                self._survives(what, partial(self._run_recall, variant, task, seed, rates))
 
-    def _survives(self, what: str, work: Callable[[], None]) -> bool:
-        """Whether it was done; whatever one kind dies of must not cost the others' runs."""
+    def _run_recall(self, variant: Variant, task: Task, seed: int, rates: dict[str, float]) -> None:
+        """rates: what earlier seeds have found best, by variant."""
+        tried = [rates[variant.name]] if variant.name in rates else RECALL_RATES
+        results = {rate: train(variant, task, rate, seed, self._device, self._arguments.compile) for rate in tried}
+        rate = max(results, key=lambda rate: sum(results[rate].recall.values()))
+        rates[variant.name], result = rate, results[rate]
+        for pairs in task.pairs:
+            self._keep(
+                variant,
+                "recall",
+                f"{pairs} pairs",
+                seed,
+                parameters=result.parameters,
+                tokens=task.steps * task.sequences * task.tokens,
+                seconds=result.seconds,
+                loss=result.loss[pairs],
+                recall=result.recall[pairs],
+                learning_rate=rate,
+            )
+
+    def _survives(self, what: str, work: Callable[[], T]) -> T | None:
+        """What the work gives; whatever one kind dies of must not cost the others' runs."""
         if time.monotonic() > self._end_s:
             self.failures.append(f"{what}: out of time")
-            return False
+            return None
         try:
-            work()
+            return work()
         except Exception:
             print(f"{what} failed:\n{traceback.format_exc()}", flush=True)
             self.failures.append(what)
-            return False
-        return True
+            return None
 
     def _keep(self, variant: Variant, task: str, budget: str, seed: int, **figures: Any) -> None:
         """Write a row, in the place of an older one of its kind."""
@@ -184,9 +192,6 @@ class Study:
             f"{row['seconds']:.1f} s",
             flush=True,
         )
-
-    def _own_rows(self, task: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if (row["task"], row["device"]) == (task, device_name())]
 
 
 def main() -> int:

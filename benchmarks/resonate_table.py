@@ -44,14 +44,22 @@ def name_of(row: Row) -> str:
 def difference(rows: Iterable[Row], variant: str, rival: str, budget: str) -> Difference | None:
     """Text loss of a variant within a budget, against the rival's. None: no seed in common.
 
-    The rival has all tokens against fewer, and the Transformer's seconds are those it took for them.
+    The rival has all tokens against fewer, and the Transformer's seconds are those it took for them. Runs of other
+    lengths, left from other calls, are no rivals.
     """
     there = budget if budget == "seconds" and rival != "transformer" else "tokens"
-    losses = {(name_of(row), row["budget"], row["seed"]): row["loss"] for row in rows if row["task"] == "text"}
-    seeds = sorted({seed for _, _, seed in losses})
-    pairs = [((variant, budget, seed), (rival, there, seed)) for seed in seeds]
-    found = [losses[own] - losses[other] for own, other in pairs if own in losses and other in losses]
+    runs = {(name_of(row), row["budget"], row["seed"]): row for row in rows if row["task"] == "text"}
+    seeds = sorted({seed for _, _, seed in runs})
+    pairs = [(runs.get((variant, budget, seed)), runs.get((rival, there, seed))) for seed in seeds]
+    found = [own["loss"] - other["loss"] for own, other in pairs if own and other and _are_comparable(own, other)]
     return Difference(*mean_and_error(found), len(found)) if found else None
+
+
+def _are_comparable(own: Row, other: Row) -> bool:
+    if own["budget"] == "seconds":
+        return bool(abs(own["seconds"] / other["seconds"] - 1) < 0.2)
+    share = 0.8 if own["budget"] == SHARE else 1.0
+    return bool(abs(own["tokens"] / other["tokens"] - share) < 0.02)
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """Tokens per second of whole training steps as sequences grow: Transformer, Mamba-2 alone, Resonate; equal parameters.
 
-    python benchmarks/resonate_throughput.py [--architecture resonate] [--tokens 8192] [--steps 5]
+    python benchmarks/resonate_throughput.py [--quick] [--architecture resonate] [--tokens 8192] [--recompute Blocks]
 
 A step is forward, backward, clipping and AdamW over the same number of tokens, whatever the length of a sequence.
 Blocks are compiled, attention is the fastest that torch has, weights are float32 and products bfloat16 on CUDA; on CPUs
-models are small and float32. Every architecture holds what autograd holds; Resonate's mixers, and Mamba-2's, compute
-again what lies between their two projections, the Transformer's attention its scores, nobody anything else. Activations
-are the peak of a step over what is there between steps. A kind that fails is named, and the exit status is 1.
+models are small and float32. `recompute` is `training.recompute`, the same for all: with Mixers every architecture
+holds what autograd holds, but for what lies between the two projections of a mixer and the scores of attention; with
+Blocks nobody holds more than the input of each block. Activations are the peak of a step over what is there between
+steps. Ratios are to the rows of the same length and recompute; `activations_to_transformer_mixers` is to the
+Transformer that recomputes nothing else. A kind that fails is named, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import gc
 import statistics
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from gate_step import step_of
 from measure import RESULTS, Mark, device_name, print_table, read_rows, write_results
 from torch import Tensor
 
-from pylon_api.training import Compile, ModelSpec, OptimizerSpec
+from pylon_api.training import Compile, ModelSpec, OptimizerSpec, Recompute
 from pylon_trainer.models import Decoder, Resonate, build_model
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.resonate.mamba import Mamba
@@ -35,6 +38,8 @@ from pylon_trainer.step import Batch
 
 GIB = 2**30
 WARM_STEPS = 3
+QUICK_TOKENS = 8192
+"""Of a sequence."""
 
 
 class Mamba2(Resonate):
@@ -100,10 +105,11 @@ def build(architecture: str, size: Size, device: torch.device, kernel: str) -> D
 
 
 def measure(
-    architecture: str, size: Size, tokens: int, steps: int, device: torch.device, kernel: str
+    architecture: str, size: Size, tokens: int, steps: int, device: torch.device, kernel: str, recompute: Recompute
 ) -> dict[str, Any]:
     model = build(architecture, size, device, kernel)
     training_step = step_of(model, device, Compile.DEFAULT if device.type == "cuda" else Compile.OFF, {})
+    model.recomputes_blocks = recompute is Recompute.BLOCKS
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(parameters, OptimizerSpec())
     tokens_BT = torch.randint(size.vocabulary, (max(1, size.tokens_of_step // tokens), tokens + 1))
@@ -130,6 +136,7 @@ def measure(
         "architecture": architecture,
         "device": device_name(),
         "kernel": "torch" if architecture == "transformer" else kernel,
+        "recompute": str(recompute),
         "parameters": count,
         "sequence": tokens,
         "tokens_per_s": batch.tokens_BT.numel() / step_ms * 1e3,
@@ -139,20 +146,41 @@ def measure(
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row beside the Transformer's and Mamba-2's of the same length."""
+    """Each row beside the Transformer's and Mamba-2's of the same length and recompute."""
 
-    def best(architecture: str, sequence: int) -> dict[str, Any] | None:
-        same = [row for row in rows if (row["architecture"], row["sequence"]) == (architecture, sequence)]
-        return max(same, key=lambda row: row["tokens_per_s"], default=None)
+    def best(architecture: str, sequence: int, recompute: str) -> dict[str, Any]:
+        same = [
+            row
+            for row in rows
+            if (row["architecture"], row["sequence"], row["recompute"]) == (architecture, sequence, recompute)
+        ]
+        return max(same, key=lambda row: row["tokens_per_s"], default={})
+
+    def ratio(row: dict[str, Any], rival: dict[str, Any], key: str) -> float | None:
+        return row[key] / rival[key] if rival.get(key) else None
 
     for row in rows:
-        for other in ("transformer", "mamba2"):
-            rival = best(other, row["sequence"])
-            row[f"speed_to_{other}"] = row["tokens_per_s"] / rival["tokens_per_s"] if rival else None
-        transformer = best("transformer", row["sequence"])
-        memory = transformer and transformer["activation_gib"]
-        row["activations_to_transformer"] = row["activation_gib"] / memory if memory else None
+        same = row["sequence"], row["recompute"]
+        row["speedup"] = ratio(row, best("transformer", *same), "tokens_per_s")
+        row["speed_to_mamba2"] = ratio(row, best("mamba2", *same), "tokens_per_s")
+        row["activations_to_transformer"] = ratio(row, best("transformer", *same), "activation_gib")
+        plain = best("transformer", row["sequence"], str(Recompute.MIXERS))
+        row["activations_to_transformer_mixers"] = ratio(row, plain, "activation_gib")
     return rows
+
+
+def kinds(arguments: argparse.Namespace, size: Size) -> Iterator[tuple[str, int, str, Recompute]]:
+    """Architecture, tokens of a sequence, kernel of the scan and recompute."""
+    usual = [QUICK_TOKENS] if arguments.quick else size.tokens
+    for tokens in arguments.tokens or usual:
+        # Work that is done twice costs the same share at every length: one is enough.
+        recomputes = [Recompute.MIXERS, *([Recompute.BLOCKS] if tokens == QUICK_TOKENS else [])]
+        for architecture in arguments.architecture or [
+            name for name in size.layers if not (arguments.quick and "attention" in name)
+        ]:
+            for recompute in map(Recompute, arguments.recompute or recomputes):
+                for kernel in ["PyTorch"] if architecture == "transformer" else arguments.kernel or ["Auto"]:
+                    yield architecture, tokens, kernel, recompute
 
 
 def main() -> int:
@@ -161,7 +189,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure training throughput over the length of sequences.")
     parser.add_argument("--architecture", choices=list(size.layers), action="append", help="default: all")
     parser.add_argument("--tokens", type=int, action="append", help="of a sequence; default: several")
-    parser.add_argument("--kernel", choices=["PyTorch", "Auto"], action="append", help="of the scan; default: PyTorch")
+    parser.add_argument("--kernel", choices=["PyTorch", "Auto"], action="append", help="of the scan; default: Auto")
+    parser.add_argument("--recompute", choices=list(Recompute), action="append", help="default: Mixers; at 8192 both")
+    parser.add_argument("--quick", action="store_true", help="sequences of 8192 tokens alone")
     parser.add_argument("--steps", type=int, default=5, help="that count (default 5)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON file")
     arguments = parser.parse_args()
@@ -169,20 +199,18 @@ def main() -> int:
     kept = [row for row in read_rows("resonate_throughput", arguments.results) if row["device"] != device_name()]
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    for tokens in arguments.tokens or size.tokens:
-        for architecture in arguments.architecture or list(size.layers):
-            for kernel in ["PyTorch"] if architecture == "transformer" else arguments.kernel or ["PyTorch"]:
-                name = f"{architecture}, {kernel}, {tokens} tokens"
-                try:
-                    rows.append(measure(architecture, size, tokens, arguments.steps, device, kernel))
-                    print(f"{name}: {rows[-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
-                except Exception:  # whatever one kind dies of must not cost the others' time
-                    failures.append(name)
-                    print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
-                torch._dynamo.reset()
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+    for architecture, tokens, kernel, recompute in kinds(arguments, size):
+        name = f"{architecture}, {kernel}, {tokens} tokens, recompute {recompute}"
+        try:
+            rows.append(measure(architecture, size, tokens, arguments.steps, device, kernel, recompute))
+            print(f"{name}: {rows[-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
+        except Exception:  # whatever one kind dies of must not cost the others' time
+            failures.append(name)
+            print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if rows:
         print_table(with_ratios(rows))
         write_results("resonate_throughput", kept + rows, arguments.results, timing="median of steps")

@@ -1,6 +1,6 @@
 """What resonate_quality.py compares: architectures of about equal size, and Resonate with one part changed at a time.
 
-An ablation is a line in VARIANTS: the fields of `model.resonate` or of `optimizer` by which it differs.
+An ablation is a line in VARIANTS: the fields of `model.resonate` by which it differs, or its optimizer.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from quality_runs import Strategy
 from resonate_throughput import Mamba2
 
-from pylon_api.training import ModelSpec, OptimizerSpec
+from pylon_api.training import ModelSpec, OptimizerName, OptimizerSpec
 from pylon_trainer.models import Decoder, build_model
 
 
@@ -27,6 +28,10 @@ LARGE = Shape({"hidden_size": 512, "heads": 8}, {"transformer": 8, "mamba2": 16,
 SMALL = Shape({"hidden_size": 64, "heads": 4}, {"transformer": 2, "mamba2": 4, "resonate": 2})
 
 
+MIDDLE = "middle"
+"""As a period of layers: that of just the one in the middle."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One column of the comparison."""
@@ -35,7 +40,7 @@ class Variant:
     ablation: str = ""
     """What differs from the architecture as such; empty: nothing."""
     resonate: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "AdamW"
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Peak learning rates of which the best is taken."""
 
@@ -44,26 +49,26 @@ class Variant:
         """`resonate`, or `resonate: attention`."""
         return f"{self.architecture}: {self.ablation}" if self.ablation else self.architecture
 
-    def spec(self, shape: Shape) -> ModelSpec:
-        """The network. `middle` stands for the number of the middle layer."""
+    @property
+    def strategy(self) -> Strategy:
+        """Plain steps and the optimizer."""
+        return Strategy("plain", optimizer=OptimizerSpec(name=OptimizerName(self.optimizer)))
+
+    def build(self, shape: Shape, vocabulary: int) -> Decoder:
+        """Fresh weights, from torch's generator as it stands."""
         fields = shape.model | {"layers": (layers := shape.layers[self.architecture])}
         if self.architecture != "transformer":
             own = {key: layers // 2 + 1 if value == MIDDLE else value for key, value in self.resonate.items()}
             fields |= {"architecture": "Resonate", "resonate": own}
-        return ModelSpec.model_validate(fields)
-
-    def build(self, shape: Shape, vocabulary: int) -> Decoder:
-        """Fresh weights, from torch's generator as it stands."""
-        spec = self.spec(shape)
+        spec = ModelSpec.model_validate(fields)
         return Mamba2(spec, vocabulary) if self.architecture == "mamba2" else build_model(spec, vocab_size=vocabulary)
 
-    def optimizer_spec(self) -> OptimizerSpec:
-        """AdamW where the variant does not say otherwise."""
-        return OptimizerSpec.model_validate(self.optimizer)
+
+def _adapted(**fields: Any) -> dict[str, Any]:
+    """Adapted layers of a rank that stays."""
+    return {"adaptation": {"rank": 32, "grow_every_steps": 0} | fields}
 
 
-MIDDLE = "middle"
-"""As a period of layers: just the one in the middle."""
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -72,7 +77,21 @@ VARIANTS = {
         Variant("resonate"),
         Variant("resonate", "attention", {"attention_every": MIDDLE}),
         Variant("resonate", "long convolution", {"long_convolution_every": MIDDLE}),
+        Variant("resonate", "Binlop", {"activation": "Binlop"}),
+        Variant("resonate", "Gelu", {"activation": "Gelu"}),
+        Variant("resonate", "Relu", {"activation": "Relu"}),
+        Variant("resonate", "low rank, no base", _adapted(base="Zero")),
+        Variant("resonate", "low rank, seeded base", _adapted(base="Seed")),
+        Variant(
+            "resonate",
+            "low rank, seeded base, codebook",
+            _adapted(base="Seed", codebook={"revive_every_steps": 0}),
+        ),
+        Variant("resonate", "Muon", optimizer="Muon", rates=(1e-3, 3e-3)),
+        Variant("resonate", "Lion", optimizer="Lion", rates=(1e-4, 3e-4)),
+        Variant("resonate", "Adafactor", optimizer="Adafactor", rates=(2e-2, 6e-2)),
     )
 }
 CORE = ("transformer", "mamba2", "resonate", "resonate: attention")
-"""Mamba-2 as published has no MLP; one attention layer is the trunk's own share."""
+"""Mamba-2 as published has no MLP. The rest are ablations: each trains what it would in a job, but for the schedules by
+which ranks grow and atoms are revived, which need more steps than these runs have."""

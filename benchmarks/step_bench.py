@@ -15,7 +15,7 @@ from step_flops import StepFlops
 from torch import Tensor
 
 from pylon_api.training import OptimizerSpec
-from pylon_trainer.models import Transformer
+from pylon_trainer.models import Decoder
 from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.step import Batch
 
@@ -50,7 +50,7 @@ class Kind:
 class Bench:
     """A model with its optimizer and batch, on which all kinds take their steps."""
 
-    def __init__(self, model: Transformer, batch: Batch) -> None:
+    def __init__(self, model: Decoder, batch: Batch) -> None:
         self.model = model
         self.batch = batch
         self.device = batch.tokens_BT.device

@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
 from pylon_api.base import Spec, rule, rules
@@ -110,8 +111,8 @@ class AdaptationSpec(Spec):
 
     base: AdaptationBase = AdaptationBase.SEED
     """What W0 is. Zero: nothing; layers can write in as many directions as they have ranks. Seed: random, the same at
-    every start, never learnt, sent or saved. Dense: learnt weights, from checkpoint.restoreFrom if it is set, which do
-    not change."""
+    every start, never learnt, sent or saved. Dense: learnt weights, those of the run in checkpoint.restoreFrom,
+    which do not change before unfreezeStep, so that only what is added, norms, embeddings and the head learn."""
     base_seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """What base Seed is generated from."""
     rank: int = Field(default=8, ge=1, le=4096)
@@ -122,6 +123,12 @@ class AdaptationSpec(Spec):
     grow_every_steps: int = Field(default=1000, ge=0, le=2**53)
     """Steps after which the ranks in use double, until they are maximumRank; the function stays the same at each
     growth. 0 keeps to rank, and allocates no more."""
+    unfreeze_step: int | None = Field(default=None, ge=0, le=2**53)
+    """Base Dense only: the step from which W0 learns too, from the plain model's random weights where
+    checkpoint.restoreFrom is unset. Unset: it never learns."""
+    base_sync_steps: int = Field(default=128, ge=1, le=65536)
+    """Steps whose gradients of W0 are added up by every rank, summed exactly over ranks and applied as one update, once
+    it learns."""
     codebook: CodebookSpec | None = None
     """Lets s answer to the tokens so far, by a small network per block and atoms that all blocks share. Unset: s is
     1."""
@@ -132,6 +139,7 @@ class AdaptationSpec(Spec):
                 "self.growEverySteps == 0 || self.rank <= self.maximumRank",
                 "rank must not exceed maximumRank; growEverySteps 0 ignores maximumRank",
             ),
+            rule("!has(self.unfreezeStep) || self.base == 'Dense'", "unfreezeStep needs base Dense"),
         )
     )
 
@@ -142,6 +150,8 @@ class AdaptationSpec(Spec):
                 f"rank {self.rank} must not exceed maximumRank {self.maximum_rank}; "
                 f"growEverySteps 0 ignores maximumRank"
             )
+        if self.unfreeze_step is not None and self.base is not AdaptationBase.DENSE:
+            raise ValueError(f"unfreezeStep needs base Dense, not {self.base}")
         return self
 
     @property
@@ -178,7 +188,8 @@ class ResonateSpec(Spec):
     groups: int = Field(default=1, ge=1, le=256)
     """Sets of input and output maps of the state; the heads must be divisible by it."""
     chunk_tokens: int = Field(default=64, ge=1, le=1024)
-    """Tokens that the scan takes at a time as one product of matrices. It changes speed and memory, not results."""
+    """Tokens that a scan or a long convolution in PyTorch takes at a time as one product of matrices. It changes speed
+    and memory, not results; the scan's Triton kernels choose for themselves."""
     attention_every: int = Field(default=0, ge=0, le=1024)
     """Every so many blocks one attends instead of scanning: 8 makes blocks 8, 16, ... attention, which restores exact
     recall at a cost that grows with the sequence. 0 has none."""
@@ -192,8 +203,8 @@ class ResonateSpec(Spec):
     """Binlop only: the least slope that it may learn. Near 1 it is almost the identity; a small one may bend as sharply
     as a ReLU does on one side, and lets gradients vanish."""
     scan_kernel: ScanKernel = ScanKernel.AUTO
-    """Auto: the Triton kernels of the package `flash-linear-attention` where it is installed, the device is CUDA and
-    compile is Disabled, else PyTorch. PyTorch: the scan in PyTorch's own operations, which torch.compile fuses."""
+    """Auto: Triton kernels on CUDA, else PyTorch. PyTorch: the scan in PyTorch's own operations, to compare with; with
+    compile they are fused, and on CUDA slower than the kernels."""
     control: ControlSpec | None = None
     """The controller, and the ports by which its advice enters the blocks. Unset: there is none; {} takes defaults."""
     stability: StabilitySpec | None = None
@@ -264,6 +275,11 @@ class ModelSpec(Spec):
             ),
         )
     )
+
+    @property
+    def adaptation(self) -> AdaptationSpec | None:
+        """What is adapted, if anything is."""
+        return None if self.resonate is None else self.resonate.adaptation
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -378,13 +394,16 @@ class OptimizerName(enum.StrEnum):
     MUON = "Muon"
     ADAFACTOR = "Adafactor"
     LION = "Lion"
+    SOPHIA = "Sophia"
 
 
+_MOMENTS = (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION, OptimizerName.SOPHIA)
 _OPTIMIZERS_WITH = {
-    "beta1": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
-    "beta2": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.LION),
-    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON),
+    "beta1": _MOMENTS,
+    "beta2": _MOMENTS,
+    "epsilon": (OptimizerName.ADAMW, OptimizerName.MUON, OptimizerName.SOPHIA),
     "momentum": (OptimizerName.MUON,),
+    "curvature_steps": (OptimizerName.SOPHIA,),
 }
 """Fields of an optimizer that not all optimizers have."""
 
@@ -405,18 +424,24 @@ class OptimizerSpec(Spec):
     """AdamW: with decoupled weight decay. Muon: the matrices inside the network move by orthogonalised momentum, and
     the rest by AdamW; AdamW's learning rates hold. Lion: by the sign of a momentum; wants a third to a tenth of AdamW's
     learning rate and as much more weight decay. Adafactor: second moments by row and column alone; wants about 30 times
-    AdamW's learning rate, as steps go by the size of the weights. State in bytes a parameter: AdamW 8, Muon and Lion 4,
-    Adafactor none to speak of. None of them decays vectors, such as those of norms."""
+    AdamW's learning rate, as steps go by the size of the weights. Sophia: momentum over the curvature, which it looks
+    at every curvatureSteps; AdamW's learning rate times 0.8. State in bytes a parameter: AdamW and Sophia 8, Muon and
+    Lion 4, Adafactor none to speak of. None of them decays vectors, such as those of norms."""
     learning_rate: float = Field(default=3e-4, gt=0, le=10)
     """Peak learning rate."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
-    """Decay of the first moment; not Adafactor's. Unset: 0.9."""
+    """Decay of the first moment, which Adafactor has not. Unset: 0.9, with Sophia 0.965."""
     beta2: float | None = Field(default=None, ge=0, lt=1)
-    """Decay of the second moment, with Lion of the momentum; not Adafactor's. Unset: 0.95, with Lion 0.99."""
+    """Decay of the second moment, with Lion of the momentum, with Sophia of the curvature; Adafactor has its own way.
+    Unset: 0.95, with Lion and Sophia 0.99."""
     epsilon: float | None = Field(default=None, gt=0, lt=1)
-    """Added to the root of the second moment, by AdamW and by Muon's AdamW. Unset: 1e-8."""
+    """Added to the root of the second moment, by AdamW and Muon; with Sophia the least curvature. Unset: 1e-8, with
+    Sophia 1e-15."""
     momentum: float | None = Field(default=None, ge=0, lt=1)
     """Muon only: decay of the momentum of its matrices. Unset: 0.95."""
+    curvature_steps: int | None = Field(default=None, ge=1, le=2**53)
+    """Sophia only: updates between two looks at the curvature, each at the cost of more than a plain step. Unset:
+    10."""
     weight_decay: float = Field(default=0.1, ge=0, le=10)
     """Decoupled weight decay per unit of learning rate; 0 switches it off."""
     gradient_clip_norm: float = Field(default=1.0, ge=0)
@@ -428,8 +453,8 @@ class OptimizerSpec(Spec):
         json_schema_extra=rules(
             *(
                 rule(
-                    f"!has(self.{field}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
-                    f"{field} goes with {' or '.join(names)}, and with no other optimizer",
+                    f"!has(self.{to_camel(field)}) || self.name in [{', '.join(repr(name.value) for name in names)}]",
+                    f"{to_camel(field)} goes with {', '.join(names)}, and with no other optimizer",
                 )
                 for field, names in _OPTIMIZERS_WITH.items()
             )
@@ -440,7 +465,7 @@ class OptimizerSpec(Spec):
     def _fields_are_of_this_optimizer(self) -> Self:
         for field, names in _OPTIMIZERS_WITH.items():
             if getattr(self, field) is not None and self.name not in names:
-                raise ValueError(f"{field} goes with {' or '.join(names)}, not with {self.name}: leave it out")
+                raise ValueError(f"{to_camel(field)} goes with {', '.join(names)}, not with {self.name}: leave it out")
         return self
 
 
@@ -498,6 +523,11 @@ class Compile(enum.StrEnum):
     OFF = "Disabled"  # YAML 1.1 reads a bare Off as false
     DEFAULT = "Default"
     GRAPH = "Graph"
+
+
+class Recompute(enum.StrEnum):
+    MIXERS = "Mixers"
+    BLOCKS = "Blocks"
 
 
 class GatingStrategy(enum.StrEnum):
@@ -731,6 +761,17 @@ class ConsensusSpec(Spec):
     every_steps: int = Field(default=1, ge=1, le=1024)
     """Steps in which every value of matrices gets one turn to be exchanged, a different part in each step; 1 exchanges
     all in every step. Int8, Int4 and Dct; to fit bytesPerStep, Auto and Dct may take more."""
+    local_steps: int = Field(default=1, ge=1, le=1024)
+    """Optimizer steps that every rank takes alone between two exchanges of a weight. Ranks then exchange how far their
+    weights went from those they last agreed on, a different part of the model after each step, so that a step takes
+    about a localSteps-th of the bytes. Auto then takes the most exact codec that fits bytesPerStep. 1: gradients are
+    exchanged instead, before each update. A single rank exchanges nothing either way."""
+    outer_rate: float = Field(default=1.0, gt=0, le=10)
+    """localSteps above 1 only: how far the shared weights go towards the mean of all ranks' weights, 1 being all the
+    way."""
+    outer_momentum: float = Field(default=0.0, ge=0, lt=1)
+    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off. m multiplies all steps by
+    1 / (1 - m) in the long run, so it wants optimizer.learningRate lower by as much."""
     error_feedback: bool = True
     """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
     gone."""
@@ -750,6 +791,14 @@ class ConsensusSpec(Spec):
                 "self.everySteps == 1 || self.codec in ['Auto', 'Int8', 'Int4', 'Dct']",
                 "everySteps needs codec Auto, Int8, Int4 or Dct",
             ),
+            rule(
+                "self.localSteps == 1 || !(self.codec in ['Sketch', 'SparseRows'])",
+                "localSteps needs codec Auto, Exact, Int8, Int4 or Dct",
+            ),
+            rule(
+                "self.localSteps == 1 || self.everySteps == 1",
+                "localSteps exchanges a different part of the model after each step already: leave everySteps at 1",
+            ),
         )
     )
 
@@ -760,6 +809,18 @@ class ConsensusSpec(Spec):
         turns = (ConsensusCodec.AUTO, ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.DCT)
         if self.every_steps > 1 and self.codec not in turns:
             raise ValueError(f"everySteps needs codec Auto, Int8, Int4 or Dct, not {self.codec}")
+        return self
+
+    @model_validator(mode="after")
+    def _local_steps_fit(self) -> Self:
+        if self.local_steps > 1:
+            if self.codec in (ConsensusCodec.SKETCH, ConsensusCodec.SPARSE_ROWS):
+                raise ValueError(f"localSteps needs codec Auto, Exact, Int8, Int4 or Dct, not {self.codec}")
+            if self.every_steps > 1:
+                raise ValueError(
+                    f"localSteps {self.local_steps} exchanges a different part of the model after each step already: "
+                    f"leave everySteps at 1"
+                )
         return self
 
 
@@ -871,6 +932,25 @@ class ExportSpec(Spec):
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
 
+_ONE_CONTROL = (
+    "model.resonate.control needs consensus.localSteps 1: its limit and its advice are for weights that all ranks share"
+)
+_ONE_SLOW_COPY = (
+    "optimizer.lookahead needs consensus.localSteps 1: the shared weights of local steps are slow weights already"
+)
+_DENSE_NEEDS_WEIGHTS = (
+    "model.resonate.adaptation.base Dense needs checkpoint.restoreFrom, a run of the same model without adaptation, or "
+    "unfreezeStep; set base Seed for random weights that do not learn"
+)
+_RECORDED_GRADIENTS = (
+    "model.resonate.adaptation.unfreezeStep needs compile Default or Disabled: Graph records steps in which the same "
+    "weights learn"
+)
+_CURVATURE_OF_THE_BASE = (
+    "model.resonate.adaptation.unfreezeStep needs an optimizer other than Sophia, which does not look at the base"
+)
+
+
 class TrainingSpec(Spec):
     """The whole recipe of a run. It cannot change while the job exists: make another job for another recipe."""
 
@@ -890,6 +970,10 @@ class TrainingSpec(Spec):
     """Default: torch.compile of every block. Graph: the same, and on CUDA every kind of step is recorded once as a CUDA
     graph and then replayed, but for steps of gating.granularity Sequence; for models whose kernels are shorter than
     their launches, up to a few hundred million parameters. Disabled: eager."""
+    recompute: Recompute = Recompute.MIXERS
+    """What the backward pass computes again in place of holding it. Mixers: what lies between the two projections of
+    Resonate's mixers, which costs little. Blocks: every block from its input, for a fraction of the memory and about
+    a third more work. It concerns steps in which all tokens carry gradient; others have gating.rowActivations."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Fixes initialisation, data order and gating; the same seed on the same machines gives the same losses."""
     gating: GatingSpec = GatingSpec()
@@ -917,12 +1001,59 @@ class TrainingSpec(Spec):
                 "gating.routerLayers must not exceed model.layers",
             ),
             rule(
+                "!has(self.optimizer) || self.optimizer.name != 'Sophia' || !has(self.consensus)"
+                " || (self.consensus.codec == 'Exact' && self.consensus.localSteps == 1)",
+                "optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature so",
+            ),
+            rule(
                 "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
                 " || self.model.architecture == 'Transformer'",
                 "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
             ),
+            rule(
+                "!has(self.optimizer) || !has(self.optimizer.lookahead) || !has(self.consensus)"
+                " || self.consensus.localSteps == 1",
+                _ONE_SLOW_COPY,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.control)"
+                " || !has(self.consensus) || self.consensus.localSteps == 1",
+                _ONE_CONTROL,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || self.model.resonate.adaptation.base != 'Dense'"
+                " || has(self.model.resonate.adaptation.unfreezeStep)"
+                " || (has(self.checkpoint) && has(self.checkpoint.restoreFrom))",
+                _DENSE_NEEDS_WEIGHTS,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.unfreezeStep) || !has(self.compile)"
+                " || self.compile != 'Graph'",
+                _RECORDED_GRADIENTS,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.unfreezeStep) || !has(self.optimizer)"
+                " || self.optimizer.name != 'Sophia'",
+                _CURVATURE_OF_THE_BASE,
+            ),
         )
     )
+
+    @model_validator(mode="after")
+    def _one_slow_copy(self) -> Self:
+        if self.optimizer.lookahead is not None and self.consensus.local_steps > 1:
+            raise ValueError(_ONE_SLOW_COPY)
+        return self
+
+    @model_validator(mode="after")
+    def _one_control(self) -> Self:
+        resonate = self.model.resonate
+        if resonate is not None and resonate.control is not None and self.consensus.local_steps > 1:
+            raise ValueError(_ONE_CONTROL)
+        return self
 
     @model_validator(mode="after")
     def _export_has_a_place(self) -> Self:
@@ -937,6 +1068,31 @@ class TrainingSpec(Spec):
             raise ValueError(
                 f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
                 f"the format has no form for it; set Disabled and use the checkpoint"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dense_base_has_weights(self) -> Self:
+        adaptation = self.model.adaptation
+        if adaptation is None or adaptation.base is not AdaptationBase.DENSE:
+            return self
+        has_weights = self.checkpoint is not None and self.checkpoint.restore_from is not None
+        learns = adaptation.unfreeze_step is not None
+        if not (has_weights or learns):
+            raise ValueError(_DENSE_NEEDS_WEIGHTS)
+        if learns and self.compile is Compile.GRAPH:
+            raise ValueError(_RECORDED_GRADIENTS)
+        if learns and self.optimizer.name is OptimizerName.SOPHIA:
+            raise ValueError(_CURVATURE_OF_THE_BASE)
+        return self
+
+    @model_validator(mode="after")
+    def _curvature_is_summed_exactly(self) -> Self:
+        codec, local_steps = self.consensus.codec, self.consensus.local_steps
+        if self.optimizer.name is OptimizerName.SOPHIA and (codec is not ConsensusCodec.EXACT or local_steps > 1):
+            raise ValueError(
+                f"optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature "
+                f"so, not {codec} and {local_steps}"
             )
         return self
 

@@ -23,7 +23,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "device_name", lambda: "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setitem(optimizers.SHAPES, "cpu", {"toy": ({"layers": 1, "hidden_size": 32, "heads": 2}, 64)})
-    monkeypatch.setattr(optimizers, "RATES", {"Lion": (1e-4, 3e-4), "AdamW": (1e-3,)})
+    monkeypatch.setattr(optimizers, "RATES", {"Lion": (1e-4, 3e-4), "Sophia": (1e-3,)})
     monkeypatch.setattr(quality_runs, "ROUND_STEPS", 2)
 
 
@@ -45,11 +45,11 @@ def test_losses_are_measured_at_every_rate_and_other_optimizers_are_kept(
     ids = np.random.default_rng(0).integers(0, 200, 8000).astype(np.uint16)
     np.savez(corpus, python_train=ids, python_held_out=ids[:600], torch_train=ids, torch_held_out=ids[:600])
     toy = ["losses", "--small", "--steps", 2, "--corpus", corpus, "--results", tmp_path]
-    for name in ("AdamW", "Lion"):
+    for name in ("Sophia", "Lion"):
         assert run(monkeypatch, *toy, "--optimizer", name) == 0
     rows = json.loads((tmp_path / "optimizer_losses.json").read_text())["rows"]
     assert [(row["optimizer"], row["learning_rate"]) for row in rows] == [
-        ("AdamW", 1e-3),
+        ("Sophia", 1e-3),
         ("Lion", 1e-4),
         ("Lion", 3e-4),
     ]

@@ -1,4 +1,4 @@
-"""The quickstart through the real command line and the real trainer, made small enough for a test."""
+"""The examples for one machine through the real command line and the real trainer, made small enough for a test."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 
 
-def scaled_down(*, steps: int, interval: int) -> dict[str, Any]:
-    """The quickstart with a model, data and a duration that a test can afford."""
-    job: dict[str, Any] = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+def scaled_down(name: str = "quickstart", *, steps: int, interval: int) -> dict[str, Any]:
+    """An example with a model, data and a duration that a test can afford."""
+    job: dict[str, Any] = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
     training = job["spec"]["training"]
-    training["model"] = {"layers": 1, "hiddenSize": 32, "heads": 2}
+    training["model"] |= {"layers": 1, "hiddenSize": 32, "heads": 2}
     training["data"] |= {"train": ["python://stdlib/json/*.py"], "sequenceLength": 32, "heldOutFraction": 0.3}
     training["schedule"] = {"steps": steps, "warmupSteps": 2}
     training["batch"] = {"sequences": 4}
@@ -101,9 +101,9 @@ def alive(pid: int) -> bool:
     return bool(table.stdout.strip()) and not table.stdout.startswith("Z")
 
 
-def saved(directory: Path) -> dict[str, Any]:
+def saved(directory: Path, name: str = "quickstart") -> dict[str, Any]:
     """The resource as it stands on disk."""
-    job: dict[str, Any] = json.loads((directory / ".pylon/default/quickstart/status.json").read_text())
+    job: dict[str, Any] = json.loads((directory / f".pylon/default/{name}/status.json").read_text())
     return job
 
 
@@ -133,6 +133,20 @@ def test_the_loss_falls_and_everything_is_left_behind(tmp_path: Path) -> None:
     checkpoint = tmp_path / status["checkpoint"]["uri"]
     assert (checkpoint / "COMMITTED").is_file()
     assert list((tmp_path / "runs").rglob("export/model.safetensors"))
+
+
+def test_resonate_on_two_processes_learns_within_its_budget_of_bytes(tmp_path: Path) -> None:
+    job = scaled_down("resonate", steps=60, interval=30)
+    training = job["spec"]["training"]
+    training["consensus"]["bytesPerStep"] = 8_000
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    with PylonRun(tmp_path, "--output", "plain") as run:
+        code, output = run.finish()
+    assert code == 0, output
+    status = saved(tmp_path, "resonate")["status"]
+    assert status["training"]["step"] == 60
+    assert status["training"]["heldOutLoss"] < 4.5  # an untrained model: ln 257 = 5.55
+    assert 0 < status["training"]["bytesPerStep"] <= 8_000, "gradients are 128 kB in float32"
 
 
 def test_a_job_survives_what_happens_to_it(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def put(job: Json, path: Path, value: Any) -> None:
         node[last] = copy.deepcopy(value)
 
 
+ADAPTATION = "spec.training.model.resonate.adaptation"
+
 # What else must hold for a boundary value to be acceptable.
 COMPANIONS: dict[Path, dict[Path, Any]] = {
     "spec.nodes": {"spec.training.batch.sequences": 4096},
@@ -112,7 +114,24 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "stability.branchNormLimit": {},
         }.items()
     },
+    **{
+        f"{ADAPTATION}.{field}": {"spec.training.model.architecture": "Resonate"} | beside
+        for field, beside in {
+            "base": {},
+            "baseSeed": {},
+            "rank": {f"{ADAPTATION}.maximumRank": 4096, "spec.training.model.hiddenSize": 8192},
+            "maximumRank": {f"{ADAPTATION}.rank": 1, "spec.training.model.hiddenSize": 8192},
+            "growEverySteps": {},
+            "unfreezeStep": {f"{ADAPTATION}.base": "Dense"},
+            "baseSyncSteps": {},
+            "codebook.subKeys": {f"{ADAPTATION}.codebook.topK": 1},
+            "codebook.width": {},
+            "codebook.topK": {},
+            "codebook.reviveEverySteps": {},
+        }.items()
+    },
     "spec.training.optimizer.momentum": {"spec.training.optimizer.name": "Muon"},
+    "spec.training.optimizer.curvatureSteps": {"spec.training.optimizer.name": "Sophia"},
     "spec.training.schedule.tokens": {"spec.training.schedule.steps": REMOVED},
     "spec.training.gating.routerLayers": {
         "spec.training.gating.granularity": "Sequence",
@@ -289,6 +308,76 @@ RULE_CASES = [
         {f"{TRAINING}.model": {"architecture": "Resonate", "layers": 4, "resonate": {"attentionEvery": 5}}},
         "must not exceed layers",
     ),
+    Case("adaptation as it is", {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"adaptation": {}}}}),
+    Case(
+        "a codebook as it is",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"adaptation": {"codebook": {}}}}},
+    ),
+    Case(
+        "as many ranks as hiddenSize",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"maximumRank": 128}},
+        "fewer ranks",
+    ),
+    Case(
+        "more ranks at first than at last",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 16, "maximumRank": 8}},
+        "must not exceed maximumRank",
+    ),
+    Case(
+        "as many ranks as hiddenSize that do not grow",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 128, "growEverySteps": 0}},
+        "fewer ranks",
+    ),
+    Case(
+        "ranks that do not grow",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 64, "growEverySteps": 0}},
+    ),
+    Case(
+        "more atoms to choose than sub-keys",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"codebook": {"topK": 5, "subKeys": 4}}},
+        "must not exceed subKeys",
+    ),
+    Case(
+        "an odd width of atoms",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"codebook": {"width": 63}}},
+        "must be a multiple of 4",
+    ),
+    Case(
+        "dense weights that will learn",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 0},
+            RESTORE: REMOVED,
+        },
+    ),
+    Case(
+        "generated weights that would learn",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Seed", "unfreezeStep": 0}},
+        "unfreezeStep needs base Dense",
+    ),
+    Case(
+        "recorded steps in which more comes to learn",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            f"{TRAINING}.compile": "Graph",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 10},
+        },
+        "needs compile Default or Disabled",
+    ),
+    Case(
+        "a base that will learn without its curvature",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            f"{TRAINING}.optimizer.name": "Sophia",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 10},
+        },
+        "an optimizer other than Sophia",
+    ),
+    Case(
+        "dense weights from nowhere",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Dense"}, RESTORE: REMOVED},
+        "needs checkpoint.restoreFrom",
+    ),
     Case(
         "an export that has no form",
         {f"{TRAINING}.model": {"architecture": "Resonate"}, f"{TRAINING}.export": {"format": "HuggingFace"}},
@@ -300,10 +389,17 @@ RULE_CASES = [
     Case("a file without a uri", {TOKENIZER: {"kind": "File"}}, "uri goes with kind File"),
     Case("moments of AdamW", {OPTIMIZER: {"beta1": 0.8, "beta2": 0.9, "epsilon": 1e-6}}),
     Case("a momentum of Muon", {OPTIMIZER: {"name": "Muon", "momentum": 0.9, "beta1": 0.8, "epsilon": 1e-6}}),
+    Case("a curvature", {OPTIMIZER: {"name": "Sophia", "curvatureSteps": 5, "beta2": 0.98}}),
+    Case("a curvature of AdamW", {OPTIMIZER: {"curvatureSteps": 5}}, "curvatureSteps goes with Sophia"),
+    Case(
+        "a curvature in few bytes",
+        {OPTIMIZER: {"name": "Sophia"}, CONSENSUS: {"codec": "Int8"}},
+        "optimizer Sophia needs consensus.codec Exact",
+    ),
     Case("a momentum of AdamW", {OPTIMIZER: {"momentum": 0.9}}, "momentum goes with Muon"),
-    Case("an epsilon of Lion", {OPTIMIZER: {"name": "Lion", "epsilon": 1e-6}}, "epsilon goes with AdamW or Muon"),
+    Case("an epsilon of Lion", {OPTIMIZER: {"name": "Lion", "epsilon": 1e-6}}, "epsilon goes with AdamW, Muon"),
     *(
-        Case(f"{field} of Adafactor", {OPTIMIZER: {"name": "Adafactor", field: 0.5}}, f"{field} goes with AdamW or")
+        Case(f"{field} of Adafactor", {OPTIMIZER: {"name": "Adafactor", field: 0.5}}, f"{field} goes with AdamW,")
         for field in ("beta1", "beta2", "epsilon")
     ),
     Case("steps", {f"{TRAINING}.schedule": {"steps": 1}}),
@@ -357,6 +453,18 @@ RULE_CASES = [
     ),
     Case("integers in turns", {CONSENSUS: {"codec": "Int4", "everySteps": 8}}),
     Case("a sketch in turns", {CONSENSUS: {"codec": "Sketch", "everySteps": 8}}, "everySteps needs codec Auto, Int8"),
+    Case("local steps", {CONSENSUS: {"codec": "Int4", "localSteps": 32, "outerRate": 1, "outerMomentum": 0}}),
+    Case(
+        "local steps and slow weights",
+        {f"{TRAINING}.optimizer": {"lookahead": {}}, CONSENSUS: {"localSteps": 8}},
+        "lookahead needs consensus.localSteps 1",
+    ),
+    Case("local steps of a sketch", {CONSENSUS: {"codec": "Sketch", "localSteps": 8}}, "localSteps needs codec Auto"),
+    Case(
+        "local steps in turns",
+        {CONSENSUS: {"codec": "Int4", "localSteps": 8, "everySteps": 2}},
+        "leave everySteps at 1",
+    ),
     Case("whole sequences", {GATING: {"granularity": "Sequence", "selection": "Top", "routerLayers": 2}}),
     Case(
         "whole sequences row by row",

@@ -134,12 +134,21 @@ def test_the_exit_code_gets_through_when_not_even_a_report_can_be_written(
     assert "Traceback" not in pod.log
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_the_first_field(tmp_path: Path, make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("change", "field", "had"),
+    [
+        ({"model": {"hiddenSize": 32}}, "training.model.hiddenSize is 32", "16"),
+        ({"optimizer": {"name": "Lion"}}, "training.optimizer.name is Lion", "AdamW"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused_by_the_first_field(
+    tmp_path: Path, make_config: MakeConfig, change: dict[str, Any], field: str, had: str
+) -> None:
     assert run_pod(tmp_path, make_config())[0] == 0
-    exit_code, pod = run_pod(tmp_path, make_config(attempt=2, model={"hiddenSize": 32}))
+    exit_code, pod = run_pod(tmp_path, make_config(attempt=2, **change))
     assert exit_code == ExitCode.BAD_CONFIG
-    assert "training.model.hiddenSize is 32, but " in pod.report.message
-    assert pod.report.message.endswith("was trained with 16")
+    assert f"{field}, but " in pod.report.message
+    assert pod.report.message.endswith(f"was trained with {had}")
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(

@@ -23,6 +23,7 @@ from pylon_trainer.checkpoint.destination import Destination
 from pylon_trainer.checkpoint.saver import Saver
 from pylon_trainer.checkpoint.writer_handle import WriterHandle
 from pylon_trainer.consensus.exact import ExactExchange
+from pylon_trainer.consensus.local_steps import LocalSteps
 from pylon_trainer.run import Run
 from pylon_trainer.runtime import stalls
 
@@ -142,14 +143,24 @@ def test_a_peer_that_is_stuck_outside_of_any_collective_notices_too(
     assert first.report.message == "rank 1 died or its machine vanished"
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize(
+    ("frozen", "owner", "method", "local_steps"),
+    [(0, ExactExchange, "exchange", 1), (1, ExactExchange, "exchange", 1), (1, LocalSteps, "after_update", 2)],
+)
 def test_a_peer_that_is_frozen_is_given_up_after_the_timeout_and_named(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, frozen: int
+    tmp_path: Path,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    frozen: int,
+    owner: type,
+    method: str,
+    local_steps: int,
 ) -> None:
     monkeypatch.setattr(stalls, "GRACE_SECONDS", 1.0)
-    die_in(monkeypatch, ExactExchange, "exchange", rank=str(frozen), call=3, by=signal.SIGSTOP)
+    die_in(monkeypatch, owner, method, rank=str(frozen), call=3, by=signal.SIGSTOP)
     timeout = {names.ENV_COLLECTIVE_TIMEOUT_SECONDS: "3"}
-    pods = start_gang(tmp_path, make_config(nodes=3, processes=1, batch={"sequences": 6}), timeout)
+    fields = {"batch": {"sequences": 6}, "consensus": {"localSteps": local_steps}}
+    pods = start_gang(tmp_path, make_config(nodes=3, processes=1, **fields), timeout)
     others = [pod for rank, pod in enumerate(pods) if rank != frozen]
     assert [pod.wait() for pod in others] == [ExitCode.PEER_LOST] * 2, others[0].log
     assert any(pod.report.message.startswith(f"rank {frozen} fell silent: ") for pod in others)

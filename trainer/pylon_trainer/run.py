@@ -1,4 +1,4 @@
-"""The parts of one run and how they take a step together: forward and backward, exchange, clip and update."""
+"""The parts of one run and how they take a step together: forward and backward, exchange, clip and update, exchange."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from pylon_trainer.data import TrainingData
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
 from pylon_trainer.models.resonate.upkeep import Upkeep
+from pylon_trainer.optim.curvature import Curvature, build_curvature
 from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
 from pylon_trainer.step import Batch, StepResult, TrainingStep
+from pylon_trainer.thaw import Thaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,9 @@ class Run:
     exchange: Exchange
     agreement: Agreement
     control: Control | None
+    curvature: Curvature | None
     upkeep: Upkeep
+    thaw: Thaw
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -70,6 +74,7 @@ class Run:
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
         learning_rate = self.config.training.optimizer.learning_rate * ratio
+        self.thaw.begin_step(self.step)
         parts = self.micro_batches(batch)
         results = [
             self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step) for part in parts
@@ -79,12 +84,16 @@ class Run:
         with self.control.around_update(self.step, parts[0], results, learning_rate) if self.control else nullcontext():
             self.exchange.exchange(gradients)
             gradient_norm = self.optimizer.update(learning_rate, smoothed=self.exchange.smoothed)
+        self.exchange.after_update(is_last=self.step + 1 == self.total_steps)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
+        self.thaw.end_step(self.step, learning_rate)
         if self.upkeep.end_step(self.step) and self.control:
             self.control.hold(self.step)
         self.tokens += global_tokens
+        if self.curvature:
+            self.curvature.follow(parts, global_tokens, self.step)
         return Update(results, gradient_norm, learning_rate)
 
 
@@ -100,7 +109,11 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     seed_everything(training.seed, world.rank + 1)
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
-    replicated = {**parameters, **optimizer.tensors, **(control.tensors if control else {})}
+    exchange = build_exchange(world, training, parameters)
+    thaw = Thaw(model, training.optimizer, world)
+    alike = {**(exchange.replicas or {**parameters, **optimizer.tensors}), **thaw.tensors}
+    if control:
+        alike.update(control.tensors)
     return Run(
         config=config,
         world=world,
@@ -109,9 +122,11 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         training_step=training_step,
         parameters=parameters,
         optimizer=optimizer,
-        exchange=build_exchange(world, training, parameters),
-        agreement=Agreement(world, replicated, training.consensus.on_disagreement),
+        exchange=exchange,
+        agreement=Agreement(world, alike, training.consensus.on_disagreement),
         control=control,
+        curvature=build_curvature(world, training, model, optimizer, parameters),
         upkeep=Upkeep(model, world, training.seed),
+        thaw=thaw,
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

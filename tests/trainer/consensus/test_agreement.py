@@ -119,9 +119,10 @@ def test_pods_with_different_configurations_do_not_begin(
     assert "training.seed is 1 there and 0 elsewhere" in pods[0].report.message
 
 
+@pytest.mark.parametrize("local_steps", [1, 3])
 @pytest.mark.parametrize("on_disagreement", ["Heal", "Stop"])
 def test_a_run_notices_a_replica_that_has_drifted(
-    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, on_disagreement: str
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, on_disagreement: str, local_steps: int
 ) -> None:
     advance = Run.advance
 
@@ -129,11 +130,11 @@ def test_a_run_notices_a_replica_that_has_drifted(
         update = advance(run, *arguments)
         if run.step == 3 and run.world.rank == 1:
             with torch.no_grad():
-                next(iter(run.parameters.values())).view(-1)[0] += 1e-3
+                next(iter({**run.parameters, **run.exchange.replicas}.values())).view(-1)[0] += 1e-3
         return update
 
     monkeypatch.setattr(Run, "advance", patched)
-    consensus = {"hashCheckSteps": 2, "onDisagreement": on_disagreement}
+    consensus = {"hashCheckSteps": 2, "onDisagreement": on_disagreement, "localSteps": local_steps}
     exit_code, pod = run_pod(tmp_path, make_config(consensus=consensus))
     if on_disagreement == "Stop":
         assert exit_code == ExitCode.PEER_LOST

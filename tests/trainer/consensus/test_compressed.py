@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
+from transport import count_bytes
 
 from pylon_api.training import ConsensusSpec
 from pylon_trainer.consensus import divide_up
@@ -67,32 +66,6 @@ def assert_alike(world: World, named: dict[str, Tensor]) -> None:
     """Bit for bit."""
     own = torch.cat([tensor.float().flatten() for tensor in named.values()]).view(torch.int32)
     assert torch.equal(world.all_gather(own), own.expand(world.size, -1))
-
-
-def count_bytes(monkeypatch: pytest.MonkeyPatch, size: int) -> Callable[[], int]:
-    """Bytes that a rank hands to torch.distributed for its peers, by what each collective sends."""
-    counted = 0
-    gather, exchange, reduce = dist.all_gather_into_tensor, dist.all_to_all_single, dist.all_reduce
-
-    def patched_gather(output: Tensor, own: Tensor) -> None:
-        nonlocal counted
-        counted += own.nbytes * (size - 1)
-        gather(output, own)
-
-    def patched_exchange(output: Tensor, own: Tensor) -> None:
-        nonlocal counted
-        counted += sum(part.nbytes for part in own.chunk(size)[1:])
-        exchange(output, own)
-
-    def patched_reduce(tensor: Tensor, *more: Any) -> None:
-        nonlocal counted
-        counted += 2 * tensor.nbytes * (size - 1) // size
-        reduce(tensor, *more)
-
-    monkeypatch.setattr(dist, "all_gather_into_tensor", patched_gather)
-    monkeypatch.setattr(dist, "all_to_all_single", patched_exchange)
-    monkeypatch.setattr(dist, "all_reduce", patched_reduce)
-    return lambda: counted
 
 
 @pytest.mark.parametrize("size", [2, 4])

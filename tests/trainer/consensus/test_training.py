@@ -29,8 +29,9 @@ def final_of(directory: Path, make_config: MakeConfig, **consensus: Any) -> Any:
         ({"codec": "Int4"}, 0.04, 7),
         ({"codec": "Dct"}, 0.1, 25),
         ({"codec": "Auto", "bytesPerStep": 8000}, 0.1, 8),
+        ({"codec": "Int4", "localSteps": 8}, 0.1, 40),
     ],
-    ids=lambda value: value.get("codec", "") if isinstance(value, dict) else "",
+    ids=lambda value: value["codec"] + " local" * ("localSteps" in value) if isinstance(value, dict) else "",
 )
 def test_a_run_ends_about_as_low_as_the_exact_one(
     tmp_path: Path, make_config: MakeConfig, consensus: dict[str, Any], tolerance: float, fewer_bytes: float

@@ -74,8 +74,10 @@ def test_every_kind_of_port_answers_to_its_row_of_the_advice_alone() -> None:
         assert torch.equal(model(batch.tokens_BT), closed), kind
 
 
-def test_what_is_sensed_is_the_gradient_of_the_loss_at_the_advice() -> None:
+@pytest.mark.parametrize("recomputes_blocks", [False, True])
+def test_what_is_sensed_is_the_gradient_of_the_loss_at_the_advice(recomputes_blocks: bool) -> None:
     model, batch = model_of(**ADAPTED), batch_of(isolated=True)
+    model.recomputes_blocks = recomputes_blocks
     step, advice_PR = step_of(model), model.get_buffer("advice_PR")
     loss, gradient_PR = step.sense(batch, advice_PR)
     result = step.evaluate(batch)

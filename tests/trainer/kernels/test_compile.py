@@ -153,3 +153,32 @@ def test_binlop_moves_16_bytes_at_a_time() -> None:
     )
     assert backward.count("ld.global.v4.b32") == 6
     assert backward.count("st.global.v4.b32") == 4
+
+
+@pytest.mark.parametrize("kernel", ["sweep", "outputs", "gradients", "maps"])
+def test_scan_multiplies_on_tensor_cores_fed_in_the_background(kernel: str) -> None:
+    from pylon_trainer.kernels.scan import launch
+
+    tilings, function = launch.TENSOR_CORES[64], getattr(launch, f"{kernel}_kernel")
+    tiling: Any = getattr(tilings, kernel)
+    shapes = {"H": 24, "J": 24, "N": 64, "P": 64, "TILES": 1, "Q": tilings.chunk_tokens, "P_TILE": tilings.columns}
+    own = {"N_TILE": min(64, tiling.tile), "N_PADDED": 64, "V_PROGRAM": tiling.tile, "REVERSE": False}
+    own |= {"HAS_FIRST": False, "first_BHNP": None}
+    constants = shapes | {name: value for name, value in own.items() if name in function.arg_names}
+    floats = {name: "*fp32" for name in function.arg_names if name.endswith(("BTH", "BHNP", "BTHK"))}
+    matrices = {name: "*bf16" for name in function.arg_names if name.endswith(("BTHP", "BTGN", "BCHNP", "QQ"))}
+    strides = {name: 1664 for name in function.arg_names if name.startswith("stride")}
+    types = {name: kind for name, kind in (floats | matrices).items() if name not in constants}
+    ptx = compile_for_hopper(function, types, constants | strides, warps=tiling.warps, stages=tiling.stages)
+    assert "wgmma.mma_async" in ptx
+    assert ptx.count("cp.async.cg.shared.global") >= 4
+
+
+def test_sums_of_decays_compile() -> None:
+    from pylon_trainer.kernels.scan import launch
+
+    compile_for_hopper(
+        launch.sums_kernel,
+        {"x_BTH": "*fp32", "sums_BTH": "*fp32", "factor": "fp32"},
+        {"REVERSE": True, "H": 24, "H_PADDED": 32, "Q": 64},
+    )

@@ -124,3 +124,25 @@ def test_vectors_are_not_decayed(spec: OptimizerSpec) -> None:
     for name, parameter in these.items():
         kept = 1 - 0.01 * spec.weight_decay if len(SHAPES[name]) > 1 else 1.0
         torch.testing.assert_close(parameter, kept * before[name])
+
+
+@all_optimizers
+@pytest.mark.gpu
+@pytest.mark.usefixtures("waiting_is_an_error")
+def test_on_a_gpu_no_update_waits_and_it_goes_where_a_cpu_does(spec: OptimizerSpec) -> None:
+    here = toy_parameters()
+    there = {name: torch.nn.Parameter(parameter.detach().cuda()) for name, parameter in here.items()}
+    optimizers = [Optimizer(here, spec), Optimizer(there, spec)]
+    for step in range(4):
+        set_gradients(here, step)
+        for name, parameter in here.items():
+            assert parameter.grad is not None
+            there[name].grad = parameter.grad.cuda()
+        for optimizer in optimizers:
+            optimizer.update(0.01)
+    torch.cuda.set_sync_debug_mode("default")
+    start = toy_parameters()
+    for name, parameter in here.items():
+        way = parameter.detach() - start[name].detach()
+        error = there[name].detach().cpu() - parameter.detach()
+        assert float(error.norm() / way.norm()) < (0.05 if spec.name == OptimizerName.MUON else 1e-3), name

@@ -13,6 +13,7 @@ from toy_parameters import HIDDEN, copies, set_gradients, toy_parameters
 from pylon_api.training import LookaheadSpec, OptimizerName, OptimizerSpec
 from pylon_trainer.optim.muon import is_hidden_matrix, orthogonalise
 from pylon_trainer.optim.optimizer import Optimizer
+from pylon_trainer.optim.sophia import BETA1, BETA2, CURVATURE_SCALE
 
 STEPS = 10
 Reference = Callable[[list[dict[str, Any]]], Any]
@@ -128,6 +129,41 @@ def test_lion_is_pytorch_optimizers() -> None:
     library = pytest.importorskip("pytorch_optimizer", reason="needs the package pytorch-optimizer")
     spec = OptimizerSpec(name=OptimizerName.LION)
     assert_alike(ours(spec), theirs(lambda groups: library.Lion(groups, betas=(0.9, 0.99)), spec), 1e-4)
+
+
+def test_sophia_is_pytorch_optimizers_when_both_are_told_the_same_curvature() -> None:
+    """Clipping at p and dividing by the curvature is clipping at 1, dividing by p x curvature, and p times the rate."""
+    library = pytest.importorskip("pytorch_optimizer", reason="needs the package pytorch-optimizer")
+    spec = OptimizerSpec(name=OptimizerName.SOPHIA, gradient_clip_norm=0, weight_decay=0)
+    these, others = toy_parameters(), toy_parameters()
+    optimizer = Optimizer(these, spec)
+    reference = library.SophiaH(others.values(), betas=(BETA1, BETA2), p=CURVATURE_SCALE, eps=1e-15, update_period=1000)
+    for number in range(STEPS):
+        set_gradients(these, 100 + number)
+        for parameter in these.values():
+            assert parameter.grad is not None
+            parameter.grad.mul_(0.1)
+        squares = [10 * parameter.grad**2 for parameter in these.values() if parameter.grad is not None]
+        optimizer.observe_drawn(tokens=10)
+        for named in (these, others):
+            set_gradients(named, number)
+        for group in reference.param_groups:
+            group["lr"] = rate(number) / CURVATURE_SCALE
+        reference.step(hessian=squares)
+        optimizer.update(rate(number))
+    start = toy_parameters()
+    ways = [{name: p.detach() - start[name].detach() for name, p in named.items()} for named in (these, others)]
+    assert_alike(*ways, 1e-4)
+
+
+def test_a_look_at_the_curvature_that_is_not_finite_is_left_out() -> None:
+    these = toy_parameters()
+    optimizer = Optimizer(these, OptimizerSpec(name=OptimizerName.SOPHIA))
+    set_gradients(these, 0)
+    assert these[HIDDEN[0]].grad is not None
+    these[HIDDEN[0]].grad[0, 0] = float("inf")  # type: ignore[index]
+    optimizer.observe_drawn(tokens=10)
+    assert not any(tensor.any() for tensor in optimizer.state_dict()["curvatures"].values())
 
 
 def test_lookahead_is_pytorch_optimizers() -> None:

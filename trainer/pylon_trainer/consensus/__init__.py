@@ -1,4 +1,5 @@
-"""How ranks turn their own gradients into one: an explicit step between backward and update."""
+"""How ranks make one model of what each of them learns: an explicit step between backward and update, which exchanges
+gradients, or one after the update, which exchanges weights."""
 
 from __future__ import annotations
 
@@ -10,13 +11,27 @@ from torch import Tensor
 
 
 class Exchange(Protocol):
-    """One way to sum gradients over ranks. Collective: every rank calls it with the same names and shapes."""
+    """One way to agree. Collective: every rank calls it with the same names and shapes. World.traffic counts bytes."""
 
     def exchange(self, named_gradients: Mapping[str, Tensor]) -> None:
-        """Replace each gradient, in place, by its sum over all ranks or by what of it has got through.
+        """Make of each gradient, in place, what this rank's update takes.
 
-        Every rank ends with the same bits. Bytes are counted by World.traffic.
+        That is its sum over all ranks, or what of it has got through, with the same bits on every rank; with local
+        steps, this rank's own estimate of the sum. Where one rank's are not finite, no rank's are.
         """
+        ...
+
+    def after_update(self, *, is_last: bool) -> None:
+        """Let ranks agree on weights, where it is not gradients that they exchange. To be called after each update.
+
+        is_last: whether training ends here. All ranks then have the same weights, bit for bit.
+        """
+        ...
+
+    @property
+    def replicas(self) -> Mapping[str, Tensor]:
+        """What all ranks have alike where each has weights and optimizer state of its own: the shared weights by the
+        names of the parameters, and more. Empty where weights and optimizer state are alike. Not copies."""
         ...
 
     @property

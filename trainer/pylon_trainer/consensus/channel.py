@@ -83,7 +83,7 @@ class BlockChannel:
     def exchange(self, gradient_N: Tensor, is_skipped: Tensor) -> Tensor:
         """See Channel. Values whose turn it is not have sum 0."""
         total_N = gradient_N if self.kept_N is None else torch.add(gradient_N, self.kept_N, alpha=self._decay)
-        total_BEV = _cut(total_N, self._codec.block_values * self._every).view(self._blocks, self._every, -1)
+        total_BEV = cut(total_N, self._codec.block_values * self._every).view(self._blocks, self._every, -1)
         turn = self._turn % self._every
         self._turn += 1
         part_BV, lost_BV = sum_encoded(self._world, self._codec, total_BEV[:, turn].contiguous())
@@ -109,9 +109,9 @@ class BlockChannel:
 
 def round_trip(codec: Codec, values_N: Tensor) -> Tensor:
     """What a codec makes of these values."""
-    return codec.decode(codec.encode(_cut(values_N, codec.block_values))).view(-1)[: len(values_N)]
+    return codec.decode(codec.encode(cut(values_N, codec.block_values))).view(-1)[: len(values_N)]
 
 
-def _cut(values_N: Tensor, size: int) -> Tensor:
+def cut(values_N: Tensor, size: int) -> Tensor:
     """In blocks of this size, the last one filled up with zeros."""
     return F.pad(values_N, (0, -len(values_N) % size)).view(-1, size)

@@ -10,6 +10,7 @@ gradients that are not, so that all skip the step, and what they keep stays as i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _UNLIMITED = (ConsensusCodec.INT8, ConsensusCodec.INT4)
 
 class CompressedExchange:
     """The sum over ranks of what gets through this step; what does not, later."""
+
+    replicas: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, world: World, spec: ConsensusSpec, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
         """shapes: of all gradients, by name. seed: of the sketches' hashes, the same on all ranks.
@@ -78,6 +81,9 @@ class CompressedExchange:
         for kind, gradient_N in gradients.items():
             sum_N = self._channels[kind].exchange(gradient_N, is_skipped)
             self._groups[kind].write(torch.where(is_skipped, torch.nan, sum_N), named_gradients)
+
+    def after_update(self, *, is_last: bool) -> None:
+        """Weights are alike."""
 
     def _any_not_finite(self, gradients: Mapping[Kind, Tensor]) -> Tensor:
         """Whether any gradient of any rank is NaN or infinite, bool scalar on the device."""

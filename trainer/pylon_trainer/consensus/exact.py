@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ class ExactExchange:
     """All-reduce in flat buckets, in the order of the names given."""
 
     smoothed = frozenset[str]()
+    replicas: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._world = world
@@ -32,6 +34,9 @@ class ExactExchange:
             self._world.sum(flat)
             parts = flat.split([gradient.numel() for gradient in bucket])
             torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
+
+    def after_update(self, *, is_last: bool) -> None:
+        """Weights are alike."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept."""

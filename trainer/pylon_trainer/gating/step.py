@@ -8,6 +8,7 @@ Shapes: N = B * T tokens of a micro-batch, K of them chosen, D hidden width.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,19 @@ class PlainStep:
         losses_N, _, nonfinite_rows = self._head().cross_entropy(self._hidden(batch), labels_N)
         tokens = (labels_N != IGNORED).sum()
         return StepResult(losses_N.sum() * poison(nonfinite_rows), tokens, torch.zeros_like(tokens), nonfinite_rows)
+
+    @torch.no_grad()
+    def draw_labels(self, batch: Batch) -> Batch:
+        """The batch with labels drawn from the model's own distribution, wherever there is one to learn."""
+        hidden_BTD = self._hidden(batch).view(*batch.tokens_BT.shape, -1)
+        drawn = []
+        for hidden_TD in hidden_BTD:  # one sequence's logits at a time
+            with self._autocast():
+                logits_TV = self.model.head(hidden_TD)
+            weights_TV = logits_TV.float().softmax(-1)
+            drawn.append((weights_TV / torch.empty_like(weights_TV).exponential_()).argmax(-1))
+        labels_BT = torch.where(batch.labels_BT == IGNORED, IGNORED, torch.stack(drawn))
+        return dataclasses.replace(batch, labels_BT=labels_BT)
 
     def sense(self, batch: Batch, advice: Tensor) -> tuple[Tensor, Tensor]:
         """As TrainingStep has it."""

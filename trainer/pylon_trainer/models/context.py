@@ -69,6 +69,8 @@ class Context:
     mask: Tensor | None
     """B x 1 x T x T, True where a query may look; None without starts_BT, from which it is derived, and where no block
     attends."""
+    holds_mixers: bool = field(default=False, kw_only=True)
+    """Whether what lies within a mixer is held for the way back; where whole blocks run again, once is enough."""
     advice_PR: Tensor | None = field(default=None, kw_only=True)
     """P x R: what ports of each kind are told (models/ports.py); None where there are none."""
 
@@ -96,6 +98,9 @@ class Context:
 
     def mix(self, mixer: Mixer, x_BTI: Tensor) -> Tensor:
         """What a mixer makes of all tokens, each with those before it in its document, B x T x O."""
+        if self.holds_mixers:
+            with torch.autocast(x_BTI.device.type, enabled=False):
+                return mixer.run(x_BTI, self.starts_BT, advice_PR=self.advice_PR)[0]
         # The way back runs the mixer again from x_BTI, which is held anyway, so that nothing within it is held.
         inputs = (x_BTI,) if self.advice_PR is None else (x_BTI, self.advice_PR)
         return recomputed(lambda x, advice=None: mixer.run(x, self.starts_BT, advice_PR=advice)[0], mixer, *inputs)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.models.context import Context
+from pylon_trainer.models.recompute import recomputed
 
 
 class Block(nn.Module, ABC):
@@ -62,6 +64,8 @@ class Decoder(nn.Module, ABC):
         tied = spec.tie_embeddings
         self.output_projection = None if tied or not spec.embedding_rank else plain_linear(spec.hidden_size, width)
         self.output = None if tied else plain_linear(width, vocab_size)
+        self.recomputes_blocks = False
+        """Whether `forward` holds nothing of a block but its input for the way back."""
         self._initialise()
 
     @property
@@ -82,7 +86,7 @@ class Decoder(nn.Module, ABC):
         context = self.context(tokens_BT, documents_BT)
         x_BTD = self.embed(tokens_BT, context.places)
         for block in self.blocks:
-            x_BTD = block(x_BTD, context)
+            x_BTD = self._recomputed(block, x_BTD, context) if self.recomputes_blocks else block(x_BTD, context)
         normed_BTD: Tensor = self.norm(x_BTD)
         return normed_BTD
 
@@ -136,6 +140,17 @@ class Decoder(nn.Module, ABC):
             places_BT, angles_BTE.cos().unsqueeze(1), angles_BTE.sin().unsqueeze(1), starts_BT, attends=self.attends
         )
 
+    def _recomputed(self, block: Block, x_BTD: Tensor, context: Context) -> Tensor:
+        device = x_BTD.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+        def run(x_BTD: Tensor, advice_PR: Tensor | None = None) -> Tensor:
+            y_BTD: Tensor = block(x_BTD, replace(context, holds_mixers=True, advice_PR=advice_PR))
+            return y_BTD
+
+        inputs = (x_BTD,) if context.advice_PR is None else (x_BTD, context.advice_PR)
+        return recomputed(run, block, *inputs, autocast=autocast)
+
     def initial_std(self, *, is_residual: bool) -> float:
         """Deviation that a matrix is drawn with; those that write to the residual stream shrink with depth (GPT-2,
         section 2.3)."""
@@ -166,8 +181,8 @@ def add_branch(x_BTD: Tensor, branch_BTD: Tensor, norm_limit: float | None) -> T
         return x_BTD + branch_BTD
     own_BT1, norm_BT1 = (torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True) for y in (x_BTD, branch_BTD))
     # The square of the least norm is not 0, or gradients of a branch that adds nothing would not be numbers.
-    share_BT1: Tensor = (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
-    return x_BTD + branch_BTD * share_BT1
+    limited_BTD: Tensor = branch_BTD * (norm_limit * own_BT1 / norm_BT1.clamp_min(1e-12)).clamp_max(1)
+    return x_BTD + limited_BTD
 
 
 def plain_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -17,15 +17,16 @@ from torch.utils.checkpoint import checkpoint
 Part = Callable[..., Tensor]
 
 
-def recomputed(part: Part, owner: nn.Module, *tensors: Tensor) -> Tensor:
+def recomputed(part: Part, owner: nn.Module, *tensors: Tensor, autocast: torch.dtype | None = None) -> Tensor:
     """part(*tensors), with gradients for the tensors and for the owner's parameters.
 
-    The part runs without autocast, so that it does the same both times wherever the way back is taken from; it must
-    draw no random numbers.
+    The part runs under autocast to this type or, by default, without, so that it does the same both times wherever the
+    way back is taken from; it must draw no random numbers.
     """
 
     def run(*given: Tensor) -> Tensor:
-        with torch.autocast(given[0].device.type, enabled=False):
+        device = given[0].device.type
+        with torch.autocast(device, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
             return part(*given)
 
     if not torch.is_grad_enabled():

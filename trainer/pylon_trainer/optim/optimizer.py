@@ -20,6 +20,7 @@ from pylon_trainer.optim.lion import Lion
 from pylon_trainer.optim.lookahead import Lookahead
 from pylon_trainer.optim.muon import Muon, is_hidden_matrix
 from pylon_trainer.optim.rule import Group, Rule, State, Step
+from pylon_trainer.optim.sophia import Sophia
 
 
 class Optimizer:
@@ -46,7 +47,7 @@ class Optimizer:
         """
         gradients = named_gradients(self._parameters)
         norm = torch.nn.utils.get_total_norm(gradients.values())
-        is_bad = (~torch.isfinite(norm)).float()
+        is_bad = _not_finite(norm)
         self._updates += 1 - is_bad
         step = Step(learning_rate, self._updates, is_bad, self._divisor(norm))
         for rule in self._rules:
@@ -57,6 +58,15 @@ class Optimizer:
         self.skipped += is_bad
         self.skipped_in_row = (self.skipped_in_row + 1) * is_bad
         return norm
+
+    @torch.no_grad()
+    def observe_drawn(self, tokens: int) -> None:
+        """Take gradients as those of labels that the model drew, mean over so many tokens; Sophia alone wants them."""
+        gradients = named_gradients(self._parameters)
+        is_bad = _not_finite(torch.nn.utils.get_total_norm(gradients.values()))
+        for rule in self._rules:
+            if isinstance(rule, Sophia):
+                rule.observe(gradients, tokens, is_bad)
 
     def _divisor(self, norm: Tensor) -> Tensor | None:
         """The inverse of what torch.nn.utils.clip_grad_norm_ multiplies by, for kernels that divide."""
@@ -110,6 +120,10 @@ def named_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tens
     return gradients
 
 
+def _not_finite(norm: Tensor) -> Tensor:
+    return (~torch.isfinite(norm)).float()
+
+
 def _rules(parameters: dict[str, torch.nn.Parameter], spec: OptimizerSpec) -> list[Rule]:
     """Each parameter under one."""
     match spec.name:
@@ -123,3 +137,5 @@ def _rules(parameters: dict[str, torch.nn.Parameter], spec: OptimizerSpec) -> li
             return [Adafactor(parameters, spec)]
         case OptimizerName.LION:
             return [Lion(parameters, spec)]
+        case OptimizerName.SOPHIA:
+            return [Sophia(parameters, spec)]

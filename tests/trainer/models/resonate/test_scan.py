@@ -11,7 +11,7 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from pylon_api.training import ScanKernel
 from pylon_trainer.models.resonate import scan as module
-from pylon_trainer.models.resonate.kernel import HAS_TRITON_SCAN, scan
+from pylon_trainer.models.resonate.kernel import scan
 from pylon_trainer.models.resonate.scan import chunked_scan, scan_token, sequential_scan
 
 SEQUENCES, TOKENS, HEADS, WIDTH, GROUPS, SIZE = 2, 37, 4, 6, 2, 5
@@ -139,11 +139,9 @@ def test_bfloat16_is_close_to_float32() -> None:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(kernel: ScanKernel, documents: bool, dtype: torch.dtype) -> None:
-    """At widths that the Triton kernels take, against the recurrence in float32."""
+    """By each kernel, against the recurrence in float32."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if kernel is ScanKernel.AUTO and not HAS_TRITON_SCAN:
-        pytest.skip("needs flash-linear-attention")
     draws = torch.Generator().manual_seed(0)
     values = torch.randn(2, 300, 4, 64, generator=draws)
     steps, poles = 0.1 * torch.rand(2, 300, 4, generator=draws), -8 * torch.rand(4, generator=draws)
@@ -156,7 +154,7 @@ def test_on_a_gpu(kernel: ScanKernel, documents: bool, dtype: torch.dtype) -> No
     ]
     y, state = scan(*cast, chunk_tokens=64, kernel=kernel, starts_BT=starts)
     expected, expected_state = sequential_scan(*exact, starts_BT=starts)
-    tolerance = 0.02 if dtype is torch.bfloat16 else 0.005  # TF32 in the Triton kernels
+    tolerance = 0.02 if dtype is torch.bfloat16 else 1e-4
     assert (y.float() - expected).norm() < tolerance * expected.norm()
     assert (state - expected_state).norm() < tolerance * expected_state.norm()
     weights = torch.randn(y.shape, generator=draws).cuda()

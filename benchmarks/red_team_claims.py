@@ -1,0 +1,198 @@
+"""What is claimed of Resonate, and the verdict on each claim. Pure: rows of results in, lines of a table out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from red_team_measures import (
+    BELOW,
+    BYTES,
+    Measure,
+    Row,
+    Rows,
+    by_recipe,
+    least_speed_to,
+    loss_to,
+    most_activations_to,
+    of_best_recipe,
+    projected_share,
+    recall_to,
+    recipe_name,
+    said,
+    speed_to,
+    uncounted_bytes,
+)
+from resonate_table import SHARE, difference, name_of
+
+THROUGHPUT, QUALITY = "resonate_throughput", "resonate_quality"
+CONSENSUS, PROJECTION = "consensus", "consensus_projection"
+FIELDS = {
+    THROUGHPUT: ("architecture", "device", "sequence", "tokens_per_s", "activation_gib"),
+    QUALITY: (
+        *("architecture", "ablation", "task", "budget", "device", "parameters", "seed"),
+        *("tokens", "seconds", "loss", "recall"),
+    ),
+    CONSENSUS: (
+        *("codec", "ranks", "device", "parameters", "bytes_per_step_mean", "bytes_per_step_peak", "below_bf16_ddp"),
+        *("above_exact", "is_exact", "communication_fraction", "learning_rate", "seed"),
+    ),
+    PROJECTION: ("codec", "ranks", "of_step_now"),
+}
+"""Files of results, and what every row of theirs must have."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence with a limit."""
+
+    text: str
+    source: str
+    limit: float
+    is_floor: bool
+    form: str
+    """How its figures are written."""
+    measure: Measure
+
+    @property
+    def goal(self) -> str:
+        """The limit, for a person."""
+        return f"{'≥' if self.is_floor else '≤'} {self.form.format(self.limit)}"
+
+    def is_met_by(self, value: float) -> bool:
+        """A limit itself is within."""
+        return value >= self.limit if self.is_floor else value <= self.limit
+
+
+def _floor(text: str, source: str, limit: float, form: str, measure: Measure) -> Claim:
+    return Claim(text, source, limit, True, form, measure)
+
+
+def _ceiling(text: str, source: str, limit: float, form: str, measure: Measure) -> Claim:
+    return Claim(text, source, limit, False, form, measure)
+
+
+_RIVALS = {"transformer": "the Transformer's", "mamba2": "plain Mamba-2's"}
+
+
+def _of_quality(variant: str, shown: str) -> list[Claim]:
+    claims = []
+    for rival, whose in _RIVALS.items():
+        for budget in ("tokens", "seconds"):
+            text = f"{shown}: loss beyond {whose}, equal {budget}"
+            claims.append(_ceiling(text, QUALITY, 0, "{:+.4f}", loss_to(variant, rival, budget)))
+        text = f"{shown}: right answers beyond {whose} (MQAR)"
+        claims.append(_floor(text, QUALITY, -0.005, "{:+.1%}", recall_to(variant, rival)))
+    text = f"{shown}: loss beyond the Transformer's, four fifths of its tokens"
+    return [*claims, _ceiling(text, QUALITY, 0, "{:+.4f}", loss_to(variant, "transformer", SHARE))]
+
+
+CLAIMS = [
+    _floor(
+        "Throughput, as a multiple of the Transformer's, 8,192 tokens",
+        THROUGHPUT,
+        1.2,
+        "{:.2f}x",
+        speed_to("transformer", 8192),
+    ),
+    _floor(
+        "Throughput, as a multiple of the Transformer's, 32,768 tokens",
+        THROUGHPUT,
+        2.5,
+        "{:.2f}x",
+        speed_to("transformer", 32768),
+    ),
+    _floor("The same, by the lower claim", THROUGHPUT, 1.5, "{:.2f}x", speed_to("transformer", 32768)),
+    _floor(
+        "Throughput, as a multiple of plain Mamba-2's, at worst", THROUGHPUT, 0.85, "{:.2f}x", least_speed_to("mamba2")
+    ),
+    _ceiling(
+        "Peak activations, as a multiple of the Transformer's, at worst",
+        THROUGHPUT,
+        1 / 3,
+        "{:.2f}x",
+        most_activations_to("transformer"),
+    ),
+    _ceiling(
+        "Peak activations, as a multiple of plain Mamba-2's, at worst",
+        THROUGHPUT,
+        1 / 1.5,
+        "{:.2f}x",
+        most_activations_to("mamba2"),
+    ),
+    *_of_quality("resonate", "Trunk"),
+    *_of_quality("resonate: attention", "One layer of attention"),
+    _ceiling(
+        "Bytes of a step and rank, all in, mean", CONSENSUS, BYTES, "{:,.0f}", of_best_recipe("bytes_per_step_mean")
+    ),
+    _floor(
+        "Times fewer bytes than bfloat16 data parallel", CONSENSUS, BELOW, "{:.0f}x", of_best_recipe("below_bf16_ddp")
+    ),
+    _ceiling("Loss above the exact sum's", CONSENSUS, 0.003, "{:.2%}", of_best_recipe("above_exact")),
+    _ceiling("The same, at the most", CONSENSUS, 0.01, "{:.2%}", of_best_recipe("above_exact")),
+    _ceiling(
+        "Communication, as a share of a step", CONSENSUS, 0.01, "{:.2%}", of_best_recipe("communication_fraction")
+    ),
+    _ceiling("Bytes of the transport that were not counted", CONSENSUS, 0.001, "{:.2%}", uncounted_bytes),
+    *(
+        _ceiling(
+            f"Communication, as a share of a step, {ranks} ranks", PROJECTION, limit, "{:.2%}", projected_share(ranks)
+        )
+        for ranks, limit in ((8, 0.01), (64, 0.01), (1024, 0.05))
+    ),
+]
+
+
+def judge(results: Mapping[str, Rows]) -> list[dict[str, str]]:
+    """A line for each claim: met, missed, or not measured."""
+    lines = []
+    for claim in CLAIMS:
+        found = claim.measure(results.get(claim.source, ()))
+        verdict = "not measured" if found is None else "met" if claim.is_met_by(found.value) else "missed"
+        shown = "" if found is None else f"{claim.form.format(found.value)} ({found.note})"
+        hardware = "" if found is None else found.hardware
+        source = f"{claim.source}.json"
+        line = {"claim": claim.text, "goal": claim.goal, "measured": shown, "verdict": verdict}
+        lines.append(line | {"hardware": hardware, "source": source})
+    return lines
+
+
+def ablations(rows: Rows) -> list[dict[str, str]]:
+    """What each part of Resonate adds or costs, beside the trunk alone; on every device."""
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        same = [row for row in rows if row["device"] == device]
+        for name in dict.fromkeys(name_of(row) for row in same if row["ablation"]):
+            own = next(row for row in same if name_of(row) == name)
+            found = {budget: difference(same, name, "resonate", budget) for budget in ("tokens", "seconds")}
+            losses = {
+                f"loss, equal {budget}": f"{one.mean:+.4f} ({said(one)})" if one else ""
+                for budget, one in found.items()
+            }
+            part = {"part": str(own["ablation"]), "device": str(device), "parameters": f"{own['parameters']:,}"}
+            lines.append(part | losses)
+    return lines
+
+
+def recipes(rows: Rows) -> list[dict[str, str]]:
+    """Every way to exchange that was measured, the fewest bytes first."""
+    ordered = sorted(by_recipe(rows), key=lambda runs: (-runs[0]["parameters"], runs[0]["bytes_per_step_mean"]))
+    return [
+        {
+            "exchange": recipe_name(runs[0]),
+            "ranks": f"{runs[0]['ranks']} {runs[0]['device']}",
+            "parameters": f"{runs[0]['parameters']:,}",
+            "learning rate": f"{runs[0]['learning_rate']:g}",
+            "bytes a step": f"{_mean(runs, 'bytes_per_step_mean'):,.0f}",
+            "at most": f"{max(row['bytes_per_step_peak'] for row in runs):,.0f}",
+            "below bf16": f"{_mean(runs, 'below_bf16_ddp'):.1f}x",
+            "above exact": f"{_mean(runs, 'above_exact'):+.2%}",
+            "of step time": f"{_mean(runs, 'communication_fraction'):.1%}",
+            "seeds": str(len({row["seed"] for row in runs})),
+        }
+        for runs in ordered
+    ]
+
+
+def _mean(runs: Sequence[Row], field: str) -> float:
+    return float(sum(row[field] for row in runs)) / len(runs)
