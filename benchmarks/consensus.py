@@ -2,14 +2,14 @@
 
     python benchmarks/gate_quality.py --prepare                   # once: the corpus, minutes on a CPU
     python benchmarks/consensus.py [--ranks 2]                    # trains; adds to the results that are there
-    python benchmarks/consensus.py --recipes Dct Int4,localSteps=32,outerRate=0.9 --seeds 0 1
+    python benchmarks/consensus.py --recipes Dct Int4,localSteps=32,outerMomentum=0.5 --seeds 0 1
     python benchmarks/consensus.py --scale small                  # gloo on CPUs, minutes
 
 A recipe is a codec with fields of `training.consensus`, and of these: `rate`, its learning rate as a share of the
 others', `beta1` and `beta2`, its optimizer's. With `beta1=0,beta2=0` AdamW moves by the sign of what got through, as
 DeMo does. Every run of a seed starts from the same weights, sees the same tokens in the same steps and has the same
 schedule, with a lower peak (--late-rate) for codecs whose sums are gathered over many steps. `exact_loss` is the lowest
-of the seed's exact runs, whatever their rates.
+of the seed's exact runs, whatever their rates, those of earlier calls included.
 
 Bytes are all that a rank of the trainer moves in a step: gradients or weights, whether they are finite, tokens and
 stops, hashes. `counted_by_transport` is their sum over a run as handed to torch.distributed, `counted_bytes` the
@@ -40,10 +40,9 @@ from pylon_api.training import Compile, ConsensusCodec
 from pylon_trainer.consensus.compressed import CALIBRATION_STEPS
 
 CORPUS = Path(__file__).parents[1] / ".cache" / "python_corpus.npz"
-KEY = (
-    *("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate", "channels"),
-    *("ranks", "device", "parameters", "steps", "tokens", "seed"),
-)
+PAIRED = ("ranks", "device", "parameters", "steps", "tokens", "seed")
+"""What runs that are compared have in common."""
+KEY = ("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate", "channels", *PAIRED)
 """What tells runs apart."""
 DEFAULT_RECIPES = (
     "Exact",
@@ -55,7 +54,7 @@ DEFAULT_RECIPES = (
     "Auto",
     "Dct",
     "Dct,beta1=0,beta2=0,rate=0.3",
-    "Dct,localSteps=4,outerRate=1,outerMomentum=0",
+    "Dct,localSteps=4",
 )
 
 
@@ -106,10 +105,9 @@ def main() -> None:
         "learning_rate": given.learning_rate,
     }
     scale = replace(SCALES[given.scale], **{name: value for name, value in changes.items() if value is not None})
-    recipes = [*given.recipes] if any(is_exact(text) for text in given.recipes) else ["Exact", *given.recipes]
     task = Task(
         scale,
-        sorted(recipes, key=lambda text: not is_exact(text)),
+        sorted(given.recipes, key=lambda text: not is_exact(text)),
         given.seeds,
         Compile(given.compile),
         given.late_rate,
@@ -158,13 +156,9 @@ def take_part(rank: int, ranks: int, port: int, task: Task) -> None:
         row = laboratory.run(read_recipe(text), seed)
         last_s = time.monotonic() - run_begins_s
         rows.append(row)
-        paired = [other for other in rows if other["seed"] == seed]
-        exact_loss = min(other["loss"] for other in paired if other["is_exact"])
-        for other in paired:
-            other |= {"exact_loss": exact_loss, "above_exact": other["loss"] / exact_loss - 1}
         if rank == 0:
-            print(f"{time.monotonic() - begin_s:.0f} s, {text}: {row}", flush=True)
             publish(rows, task.results)
+            print(f"{time.monotonic() - begin_s:.0f} s, {text}: {row}", flush=True)
             project(rows, alpha_s, beta_s, task.results)
     if rank == 0:
         print_table([{k: v for k, v in row.items() if k != "channels"} for row in rows])
@@ -172,8 +166,15 @@ def take_part(rank: int, ranks: int, port: int, task: Task) -> None:
 
 
 def publish(rows: list[dict[str, Any]], directory: Path) -> None:
-    """Add rows to those of earlier calls; a run of the same kind replaces its older one."""
-    kept = {tuple(row.get(k) for k in KEY): row for row in [*read_rows("consensus", directory), *rows]}
+    """Add rows to those of earlier calls; a run of the same kind replaces its older one.
+
+    Each is held against the lowest exact run of its kind and seed.
+    """
+    kept = {tuple(row[k] for k in KEY): row for row in [*read_rows("consensus", directory), *rows]}
+    for row in kept.values():
+        exact = [o["loss"] for o in kept.values() if o["is_exact"] and all(o[k] == row[k] for k in PAIRED)]
+        row["exact_loss"] = min(exact, default=None)
+        row["above_exact"] = row["loss"] / min(exact) - 1 if exact else None
     write_results("consensus", list(kept.values()), directory, calibration_steps=CALIBRATION_STEPS)
 
 

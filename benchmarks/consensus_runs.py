@@ -129,6 +129,7 @@ class Laboratory:
             marks += [Mark(self._device)]
             for parameter in self._parameters.values():
                 parameter.grad = None
+            calls = list(world.calls)
             if (step + 1) % training.consensus.hash_check_steps == 0:
                 agreement.check()
             step_bytes.append(world.traffic.bytes - before_bytes)
@@ -162,7 +163,7 @@ class Laboratory:
             "learning_rate": peak_rate,
             "step_ms": ms,
             "exchange_fraction": statistics.median(exchange_ms) / ms,
-            "communication_fraction": alone_ms(world, list(world.calls)) / ms,
+            "communication_fraction": alone_ms(world, calls) / ms,
             "channels": _channels(exchange),
         }
 

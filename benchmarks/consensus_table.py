@@ -50,8 +50,7 @@ def _runs_table(rows: Sequence[Row]) -> str:
     lines = []
     for key, own in _grouped(rows, names).items():
         settings = dict(zip(names, key, strict=True))
-        above = [row["above_exact"] for row in own]
-        is_exact = own[0]["is_exact"]
+        above = [row["above_exact"] for row in own if row["above_exact"] is not None]
         lines.append(
             [
                 _describe(settings),
@@ -60,7 +59,7 @@ def _runs_table(rows: Sequence[Row]) -> str:
                 f"{_mean(own, 'bytes_per_step_peak') / 1e6:.3g}",
                 f"{_mean(own, 'below_bf16_ddp'):.3g}x",
                 f"{_mean(own, 'loss'):.4f}",
-                f"{100 * statistics.mean(above):+.2f} %" if any(above) or not is_exact else "",
+                f"{100 * statistics.mean(above):+.2f} %" if any(above) else "",
                 str(len(own)),
                 f"{100 * _mean(own, 'communication_fraction'):.2f} %",
             ]

@@ -111,8 +111,8 @@ class AdaptationSpec(Spec):
 
     base: AdaptationBase = AdaptationBase.SEED
     """What W0 is. Zero: nothing; layers can write in as many directions as they have ranks. Seed: random, the same at
-    every start, never learnt, sent or saved. Dense: learnt weights, from checkpoint.restoreFrom if it is set, which do
-    not change."""
+    every start, never learnt, sent or saved. Dense: learnt weights, those of the run in checkpoint.restoreFrom,
+    which do not change before unfreezeStep, so that only what is added, norms, embeddings and the head learn."""
     base_seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """What base Seed is generated from."""
     rank: int = Field(default=8, ge=1, le=4096)
@@ -123,6 +123,12 @@ class AdaptationSpec(Spec):
     grow_every_steps: int = Field(default=1000, ge=0, le=2**53)
     """Steps after which the ranks in use double, until they are maximumRank; the function stays the same at each
     growth. 0 keeps to rank, and allocates no more."""
+    unfreeze_step: int | None = Field(default=None, ge=0, le=2**53)
+    """Base Dense only: the step from which W0 learns too, from the plain model's random weights where
+    checkpoint.restoreFrom is unset. Unset: it never learns."""
+    base_sync_steps: int = Field(default=128, ge=1, le=65536)
+    """Steps whose gradients of W0 are added up by every rank, summed exactly over ranks and applied as one update, once
+    it learns."""
     codebook: CodebookSpec | None = None
     """Lets s answer to the tokens so far, by a small network per block and atoms that all blocks share. Unset: s is
     1."""
@@ -133,6 +139,7 @@ class AdaptationSpec(Spec):
                 "self.growEverySteps == 0 || self.rank <= self.maximumRank",
                 "rank must not exceed maximumRank; growEverySteps 0 ignores maximumRank",
             ),
+            rule("!has(self.unfreezeStep) || self.base == 'Dense'", "unfreezeStep needs base Dense"),
         )
     )
 
@@ -143,6 +150,8 @@ class AdaptationSpec(Spec):
                 f"rank {self.rank} must not exceed maximumRank {self.maximum_rank}; "
                 f"growEverySteps 0 ignores maximumRank"
             )
+        if self.unfreeze_step is not None and self.base is not AdaptationBase.DENSE:
+            raise ValueError(f"unfreezeStep needs base Dense, not {self.base}")
         return self
 
     @property
@@ -266,6 +275,11 @@ class ModelSpec(Spec):
             ),
         )
     )
+
+    @property
+    def adaptation(self) -> AdaptationSpec | None:
+        """What is adapted, if anything is."""
+        return None if self.resonate is None else self.resonate.adaptation
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -752,11 +766,12 @@ class ConsensusSpec(Spec):
     weights went from those they last agreed on, a different part of the model after each step, so that a step takes
     about a localSteps-th of the bytes. Auto then takes the most exact codec that fits bytesPerStep. 1: gradients are
     exchanged instead, before each update. A single rank exchanges nothing either way."""
-    outer_rate: float = Field(default=0.7, gt=0, le=10)
+    outer_rate: float = Field(default=1.0, gt=0, le=10)
     """localSteps above 1 only: how far the shared weights go towards the mean of all ranks' weights, 1 being all the
     way."""
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off."""
+    outer_momentum: float = Field(default=0.0, ge=0, lt=1)
+    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off. m multiplies all steps by
+    1 / (1 - m) in the long run, so it wants optimizer.learningRate lower by as much."""
     error_feedback: bool = True
     """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
     gone."""
@@ -923,6 +938,17 @@ _ONE_CONTROL = (
 _ONE_SLOW_COPY = (
     "optimizer.lookahead needs consensus.localSteps 1: the shared weights of local steps are slow weights already"
 )
+_DENSE_NEEDS_WEIGHTS = (
+    "model.resonate.adaptation.base Dense needs checkpoint.restoreFrom, a run of the same model without adaptation, or "
+    "unfreezeStep; set base Seed for random weights that do not learn"
+)
+_RECORDED_GRADIENTS = (
+    "model.resonate.adaptation.unfreezeStep needs compile Default or Disabled: Graph records steps in which the same "
+    "weights learn"
+)
+_CURVATURE_OF_THE_BASE = (
+    "model.resonate.adaptation.unfreezeStep needs an optimizer other than Sophia, which does not look at the base"
+)
 
 
 class TrainingSpec(Spec):
@@ -994,6 +1020,25 @@ class TrainingSpec(Spec):
                 " || !has(self.consensus) || self.consensus.localSteps == 1",
                 _ONE_CONTROL,
             ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || self.model.resonate.adaptation.base != 'Dense'"
+                " || has(self.model.resonate.adaptation.unfreezeStep)"
+                " || (has(self.checkpoint) && has(self.checkpoint.restoreFrom))",
+                _DENSE_NEEDS_WEIGHTS,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.unfreezeStep) || !has(self.compile)"
+                " || self.compile != 'Graph'",
+                _RECORDED_GRADIENTS,
+            ),
+            rule(
+                "!has(self.model) || !has(self.model.resonate) || !has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.unfreezeStep) || !has(self.optimizer)"
+                " || self.optimizer.name != 'Sophia'",
+                _CURVATURE_OF_THE_BASE,
+            ),
         )
     )
 
@@ -1024,6 +1069,21 @@ class TrainingSpec(Spec):
                 f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
                 f"the format has no form for it; set Disabled and use the checkpoint"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _dense_base_has_weights(self) -> Self:
+        adaptation = self.model.adaptation
+        if adaptation is None or adaptation.base is not AdaptationBase.DENSE:
+            return self
+        has_weights = self.checkpoint is not None and self.checkpoint.restore_from is not None
+        learns = adaptation.unfreeze_step is not None
+        if not (has_weights or learns):
+            raise ValueError(_DENSE_NEEDS_WEIGHTS)
+        if learns and self.compile is Compile.GRAPH:
+            raise ValueError(_RECORDED_GRADIENTS)
+        if learns and self.optimizer.name is OptimizerName.SOPHIA:
+            raise ValueError(_CURVATURE_OF_THE_BASE)
         return self
 
     @model_validator(mode="after")

@@ -83,6 +83,8 @@ def put(job: Json, path: Path, value: Any) -> None:
         node[last] = copy.deepcopy(value)
 
 
+ADAPTATION = "spec.training.model.resonate.adaptation"
+
 # What else must hold for a boundary value to be acceptable.
 COMPANIONS: dict[Path, dict[Path, Any]] = {
     "spec.nodes": {"spec.training.batch.sequences": 4096},
@@ -110,6 +112,22 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "control.vectorSize": {},
             "stability": {},
             "stability.branchNormLimit": {},
+        }.items()
+    },
+    **{
+        f"{ADAPTATION}.{field}": {"spec.training.model.architecture": "Resonate"} | beside
+        for field, beside in {
+            "base": {},
+            "baseSeed": {},
+            "rank": {f"{ADAPTATION}.maximumRank": 4096, "spec.training.model.hiddenSize": 8192},
+            "maximumRank": {f"{ADAPTATION}.rank": 1, "spec.training.model.hiddenSize": 8192},
+            "growEverySteps": {},
+            "unfreezeStep": {f"{ADAPTATION}.base": "Dense"},
+            "baseSyncSteps": {},
+            "codebook.subKeys": {f"{ADAPTATION}.codebook.topK": 1},
+            "codebook.width": {},
+            "codebook.topK": {},
+            "codebook.reviveEverySteps": {},
         }.items()
     },
     "spec.training.optimizer.momentum": {"spec.training.optimizer.name": "Muon"},
@@ -289,6 +307,76 @@ RULE_CASES = [
         "attention above the model",
         {f"{TRAINING}.model": {"architecture": "Resonate", "layers": 4, "resonate": {"attentionEvery": 5}}},
         "must not exceed layers",
+    ),
+    Case("adaptation as it is", {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"adaptation": {}}}}),
+    Case(
+        "a codebook as it is",
+        {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"adaptation": {"codebook": {}}}}},
+    ),
+    Case(
+        "as many ranks as hiddenSize",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"maximumRank": 128}},
+        "fewer ranks",
+    ),
+    Case(
+        "more ranks at first than at last",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 16, "maximumRank": 8}},
+        "must not exceed maximumRank",
+    ),
+    Case(
+        "as many ranks as hiddenSize that do not grow",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 128, "growEverySteps": 0}},
+        "fewer ranks",
+    ),
+    Case(
+        "ranks that do not grow",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"rank": 64, "growEverySteps": 0}},
+    ),
+    Case(
+        "more atoms to choose than sub-keys",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"codebook": {"topK": 5, "subKeys": 4}}},
+        "must not exceed subKeys",
+    ),
+    Case(
+        "an odd width of atoms",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"codebook": {"width": 63}}},
+        "must be a multiple of 4",
+    ),
+    Case(
+        "dense weights that will learn",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 0},
+            RESTORE: REMOVED,
+        },
+    ),
+    Case(
+        "generated weights that would learn",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Seed", "unfreezeStep": 0}},
+        "unfreezeStep needs base Dense",
+    ),
+    Case(
+        "recorded steps in which more comes to learn",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            f"{TRAINING}.compile": "Graph",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 10},
+        },
+        "needs compile Default or Disabled",
+    ),
+    Case(
+        "a base that will learn without its curvature",
+        {
+            f"{TRAINING}.model.architecture": "Resonate",
+            f"{TRAINING}.optimizer.name": "Sophia",
+            ADAPTATION: {"base": "Dense", "unfreezeStep": 10},
+        },
+        "an optimizer other than Sophia",
+    ),
+    Case(
+        "dense weights from nowhere",
+        {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Dense"}, RESTORE: REMOVED},
+        "needs checkpoint.restoreFrom",
     ),
     Case(
         "an export that has no form",

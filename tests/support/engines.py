@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from advice import open_ports
@@ -21,6 +21,7 @@ from pylon_trainer.models.context import Context, Mixer
 from pylon_trainer.models.decoder import Block
 from pylon_trainer.step import Batch
 
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)
 VOCABULARY = 37
 WIDTH = 32
 KEEP, RECOMPUTE = RowActivations.KEEP, RowActivations.RECOMPUTE
@@ -66,7 +67,7 @@ def model_of(**fields: object) -> Decoder:
     return open_ports(awaken(build_model(ModelSpec.model_validate(spec | fields), vocab_size=VOCABULARY)))
 
 
-def awaken(model: Decoder) -> Decoder:
+def awaken(model: AnyDecoder) -> AnyDecoder:
     """Give adapted layers, if there are any, weights where they begin at 0, so that a mistake in them shows."""
     draws = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():

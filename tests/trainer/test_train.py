@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from gangs import run_gang, run_pod, save_at_once
 
@@ -43,6 +44,16 @@ ADAPTED = {
     },
 }
 """Ranks grow and sub-keys are looked at within a short run."""
+THAWING = {
+    "architecture": "Resonate",
+    "resonate": {
+        "headWidth": 8,
+        "stateSize": 8,
+        "chunkTokens": 4,
+        "adaptation": {"base": "Dense", "rank": 2, "maximumRank": 8, "unfreezeStep": 2, "baseSyncSteps": 2},
+    },
+}
+"""The base learns from the third step on and moves after the fourth, sixth and eighth."""
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, act: Callable[[], object]) -> None:
@@ -79,10 +90,16 @@ def committed_steps(checkpoints: Path) -> list[int]:
     return sorted(int(marker.parent.name.split("-")[1]) for marker in checkpoints.glob("step-*/COMMITTED"))
 
 
-def newest(checkpoints: Path) -> dict[str, bytes]:
-    """The ranks' files of the newest checkpoint: weights, moments, generators."""
-    marker = max(checkpoints.glob("step-*/COMMITTED"))
+def newest(checkpoints: Path, step: int | None = None) -> dict[str, bytes]:
+    """The ranks' files of the newest checkpoint, or that of a step: weights, moments, generators."""
+    marker = max(checkpoints.glob("step-*/COMMITTED" if step is None else f"step-{step:012}-*/COMMITTED"))
     return {path.name: path.read_bytes() for path in marker.parent.glob("rank-*.safetensors")}
+
+
+def weights(checkpoints: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """All tensors that all ranks have alike in the newest checkpoint, or that of a step, by name."""
+    tensors = [safetensors.torch.load(data) for data in newest(checkpoints, step).values()]
+    return {name: tensor for part in tensors for name, tensor in part.items() if not name.startswith("own/")}
 
 
 def test_a_run_trains_evaluates_saves_samples_and_exports(
@@ -146,6 +163,40 @@ def test_resonate_trains_with_every_gate(
     assert pod.final.sample.startswith("Document ")
 
 
+def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at_once(monkeypatch)
+    plain = {"architecture": "Resonate", "resonate": {"headWidth": 8, "stateSize": 8, "chunkTokens": 4}}
+    exit_code, first = run_pod(tmp_path / "plain", make_config(model=plain))
+    assert exit_code == 0, first.log
+    before = weights(checkpoints)
+    place = {"uri": str(tmp_path / "tuned"), "restoreFrom": {"uri": str(checkpoints)}}
+    own = plain["resonate"] | {
+        "adaptation": {"base": "Dense", "rank": 2, "growEverySteps": 0, "codebook": {"width": 8}}
+    }
+    tuned = {"model": {**plain, "resonate": own}, "checkpoint": place, "schedule": {"steps": 12}}
+    exit_code, second = run_pod(tmp_path / "tuned", make_config(**tuned))
+    assert exit_code == 0, second.log
+    assert min(second.values("loss")) == 1
+    assert float(second.values("loss")[1]) == pytest.approx(float(first.values("loss")[8]), abs=0.3)
+    assert any("begins at step 0 with the weights of" in notice for notice in second.final.notices)
+    after = weights(tmp_path / "tuned" / "default" / "demo-12345678")
+    frozen = {f"model/blocks.0.{path}.weight" for path in ("mixer.input", "mixer.output", "mlp.gate", "mlp.down")}
+    for name in frozen:
+        assert torch.equal(before[name], after[name]), name
+    assert not torch.equal(before["model/norm.weight"], after["model/norm.weight"])
+    assert not any(f"optimizer/first_moments/{name.removeprefix('model/')}" in after for name in frozen)
+
+    place["restoreFrom"] = {"uri": str(checkpoints)}
+    tuned["model"] = {**tuned["model"], "hiddenSize": 32}
+    exit_code, third = run_pod(
+        tmp_path / "third", make_config(**{**tuned, "checkpoint": {**place, "uri": str(tmp_path / "third")}})
+    )
+    assert exit_code == ExitCode.BAD_CONFIG
+    assert "training.model.hiddenSize is 32" in third.report.message
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -156,6 +207,7 @@ def test_resonate_trains_with_every_gate(
         {"optimizer": {"name": "Sophia", "learningRate": 0.001, "curvatureSteps": 2, "lookahead": {"steps": 3}}},
         {"consensus": {"codec": "Int4", "localSteps": 3}, "gating": {"strategy": "Loss", "ratioControl": "Fixed"}},
         {"model": ADAPTED},
+        {"model": THAWING, "consensus": {"hashCheckSteps": 1}},
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
@@ -191,6 +243,21 @@ def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_b
     assert newest(checkpoints) == files
     if "fallback" in fields.get("gating", {}):
         assert len(set(whole.values("token_ratio").values())) > 1, "the ratio has moved"
+
+
+def test_a_base_that_learns_moves_when_it_is_exchanged(
+    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at_once(monkeypatch)
+    checkpoint = {"uri": str(tmp_path / "checkpoints"), "intervalSteps": 1, "keep": 8}
+    config = make_config(model=THAWING, checkpoint=checkpoint, consensus={"hashCheckSteps": 1}, schedule={"steps": 6})
+    exit_code, pod = run_pod(tmp_path, config)
+    assert exit_code == 0, pod.log
+    assert pod.final.healed_replicas == 0
+    name = "model/blocks.0.mixer.input.weight"
+    by_step = {step: weights(checkpoints, step)[name] for step in range(1, 7)}
+    moved = [step for step in range(2, 7) if not torch.equal(by_step[step], by_step[step - 1])]
+    assert moved == [4, 6]
 
 
 def test_a_stop_in_the_last_step_lets_the_run_finish(

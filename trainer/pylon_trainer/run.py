@@ -24,6 +24,7 @@ from pylon_trainer.optim.schedule import learning_rate_ratio, total_steps
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.runtime.seeds import make_deterministic, seed_everything
 from pylon_trainer.step import Batch, StepResult, TrainingStep
+from pylon_trainer.thaw import Thaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Run:
     control: Control | None
     curvature: Curvature | None
     upkeep: Upkeep
+    thaw: Thaw
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
@@ -72,6 +74,7 @@ class Run:
         schedule = self.config.training.schedule
         ratio = learning_rate_ratio(schedule, self.step, self.total_steps)
         learning_rate = self.config.training.optimizer.learning_rate * ratio
+        self.thaw.begin_step(self.step)
         parts = self.micro_batches(batch)
         results = [
             self.training_step.forward_backward(part, global_tokens=global_tokens, step=self.step) for part in parts
@@ -85,6 +88,7 @@ class Run:
         for parameter in self.parameters.values():
             parameter.grad = None
         self.step += 1
+        self.thaw.end_step(self.step, learning_rate)
         if self.upkeep.end_step(self.step) and self.control:
             self.control.hold(self.step)
         self.tokens += global_tokens
@@ -106,7 +110,10 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
     exchange = build_exchange(world, training, parameters)
-    replicas = exchange.replicas or {**parameters, **optimizer.tensors}
+    thaw = Thaw(model, training.optimizer, world)
+    alike = {**(exchange.replicas or {**parameters, **optimizer.tensors}), **thaw.tensors}
+    if control:
+        alike.update(control.tensors)
     return Run(
         config=config,
         world=world,
@@ -116,11 +123,10 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
         parameters=parameters,
         optimizer=optimizer,
         exchange=exchange,
-        agreement=Agreement(
-            world, {**replicas, **(control.tensors if control else {})}, training.consensus.on_disagreement
-        ),
+        agreement=Agreement(world, alike, training.consensus.on_disagreement),
         control=control,
         curvature=build_curvature(world, training, model, optimizer, parameters),
         upkeep=Upkeep(model, world, training.seed),
+        thaw=thaw,
         total_steps=total_steps(training.schedule, training.batch.sequences * training.data.sequence_length),
     )

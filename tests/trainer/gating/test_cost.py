@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from flops import flops
@@ -39,14 +41,21 @@ def counted_flops(spec: ModelSpec, gating: GatingSpec) -> int:
     return flops(lambda: step.forward_backward(batch, global_tokens=tokens_BT.numel(), step=1))
 
 
-RESONATE = {
+RESONATE: dict[str, Any] = {
     "architecture": "Resonate",
     "resonate": {"stateSize": 16, "headWidth": 32, "chunkTokens": 8, "longConvolutionEvery": 2, "attentionEvery": 4},
 }
 
 
+ADAPTATION = {"rank": 8, "growEverySteps": 0, "codebook": {"subKeys": 16, "width": 16}}
+ADAPTED = [
+    RESONATE | {"resonate": RESONATE["resonate"] | {"adaptation": {"base": base} | ADAPTATION}}
+    for base in ("Zero", "Seed")
+]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("model", "ratio"), [*MODELS, (RESONATE, 0.25)])
+@pytest.mark.parametrize(("model", "ratio"), [*MODELS, *((model, 0.25) for model in (RESONATE, *ADAPTED))])
 def test_saved_flops_are_those_that_are_counted(
     model: dict[str, object], engine: dict[str, object], ratio: float
 ) -> None:

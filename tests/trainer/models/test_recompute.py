@@ -11,6 +11,7 @@ from torch import Tensor
 from pylon_api.training import DataSpec, ModelSpec, Recompute, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_step
 from pylon_trainer.models import Decoder, build_model
+from pylon_trainer.models.ports import PortKind
 from pylon_trainer.step import Batch
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -46,6 +47,23 @@ def test_recomputed_blocks_give_the_same_gradients(name: str, precision: str) ->
     kept, recomputed = (gradients_of(model_of(name), recompute, precision) for recompute in Recompute)
     assert kept.keys() == recomputed.keys()
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_advice_gets_its_gradient_through_recomputed_blocks() -> None:
+    """The controller learns from it."""
+
+    def gradient(recomputes: bool) -> Tensor:
+        model = model_of("Resonate", resonate={"headWidth": 16, "stateSize": 8, "control": {"vectorSize": 8}})
+        model.recomputes_blocks = recomputes
+        for name, parameter in model.named_parameters():
+            if "port" in name:
+                torch.nn.init.ones_(parameter)
+        model.advice_PR = torch.full((len(PortKind), 8), 0.1, requires_grad=True)
+        return torch.autograd.grad(model(BATCH.tokens_BT).square().sum(), model.advice_PR)[0]
+
+    gradients = [gradient(False), gradient(True)]
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylon_api.training import OptimizerName
+from pylon_api.training import AdaptationBase, OptimizerName, ResonateSpec
 from pylon_trainer.checkpoint.manifest import Manifest, placeholders
 from pylon_trainer.checkpoint.state import separate
 from pylon_trainer.consensus import divide_up
@@ -47,24 +47,18 @@ def own(run: Run) -> dict[str, Any]:
         "rng": rng_state(run.world.device),
         "exchange": run.exchange.state_dict(),
         "upkeep": run.upkeep.state_dict(),
+        "base": run.thaw.state_dict(),
         **({LOCAL: _trained(run)} if run.exchange.replicas else {}),
     }
 
 
-def live_tensors(run: Run) -> dict[str, Tensor]:
-    """The tensors of the run that a checkpoint is read into, by their keys."""
-    return separate(_live(run))[1]
+def all_of(run: Run, manifest: Manifest, uri: str) -> dict[str, Tensor]:
+    """The tensors of the run that a checkpoint is read into when the run goes on from it, by their keys.
 
-
-def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
-    """ConfigError naming the first field or tensor in which a checkpoint is not one of this model and tokenizer."""
+    ConfigError naming the first field or tensor in which it is not one of this model and tokenizer.
+    """
     saved, wanted = manifest.replicated["identity"], _identity(run)
-    for field in sorted(saved["model"].keys() | wanted["model"].keys()):
-        had, asked = saved["model"].get(field), wanted["model"].get(field)
-        if had != asked:
-            raise ConfigError(f"training.model.{field} is {asked}, but {uri} was trained with {had}")
-    if saved["tokenizer"] != wanted["tokenizer"]:
-        raise ConfigError(f"training.data.tokenizer is not the one that {uri} was trained with")
+    _refuse_another(saved, wanted, uri)
     if saved.get("generated") != wanted.get("generated"):
         raise ConfigError(
             f"the weights that this machine generates from model.resonate.adaptation.baseSeed are not those that {uri} "
@@ -73,14 +67,59 @@ def refuse_another(run: Run, manifest: Manifest, uri: str) -> None:
     had, asked = saved.get("optimizer", OptimizerName.ADAMW), wanted["optimizer"]
     if had != asked:
         raise ConfigError(f"training.optimizer.name is {asked}, but {uri} was trained with {had}")
+    tensors = separate(_live(run))[1]
     live = {part: manifest.replicated[part] for part in ("model", "optimizer")}
     shapes = {place["key"]: tuple(place["shape"]) for place in placeholders(live)}
-    tensors = live_tensors(run)
     for key in sorted(shapes.keys() | tensors.keys()):
-        kept = shapes.get(key, "absent")
-        asked = tuple(tensors[key].shape) if key in tensors else "absent"
-        if kept != asked:
-            raise ConfigError(f"{key} is {asked} in this run, but {kept} in {uri}")
+        _refuse_shape(key, tensors, shapes, uri)
+    return tensors
+
+
+def is_base(run: Run, manifest: Manifest) -> bool:
+    """Whether a checkpoint of another run is of a plain model whose weights this run adapts, instead of one to go on
+    from."""
+    adaptation = _adaptation(run.config.training.model.to_wire())
+    is_adapted = _adaptation(manifest.replicated["identity"]["model"]) is not None
+    return adaptation is not None and adaptation["base"] == AdaptationBase.DENSE and not is_adapted
+
+
+def base_of(run: Run, manifest: Manifest, uri: str) -> dict[str, Tensor]:
+    """The tensors of the run that such a checkpoint is read into: all weights of the plain model, and no state of its
+    optimizer. ConfigError as all_of has it."""
+    _refuse_another(_plain(manifest.replicated["identity"]), _plain(_identity(run)), uri)
+    tensors = separate({"model": _tensors(run.model)})[1]
+    shapes = {p["key"]: tuple(p["shape"]) for p in placeholders({"model": manifest.replicated["model"]})}
+    for key in sorted(shapes):
+        _refuse_shape(key, tensors, shapes, uri)
+    return {key: tensors[key] for key in shapes}
+
+
+def _adaptation(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    adaptation: dict[str, Any] | None = model.get("resonate", {}).get("adaptation")
+    return adaptation
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without what adaptation adds to a model."""
+    own = identity["model"].get("resonate") or ResonateSpec().to_wire()
+    plain = {field: value for field, value in own.items() if field != "adaptation"}
+    return {**identity, "model": {**identity["model"], "resonate": plain}}
+
+
+def _refuse_another(saved: Mapping[str, Any], wanted: Mapping[str, Any], uri: str) -> None:
+    for field in sorted(saved["model"].keys() | wanted["model"].keys()):
+        had, asked = saved["model"].get(field), wanted["model"].get(field)
+        if had != asked:
+            raise ConfigError(f"training.model.{field} is {asked}, but {uri} was trained with {had}")
+    if saved["tokenizer"] != wanted["tokenizer"]:
+        raise ConfigError(f"training.data.tokenizer is not the one that {uri} was trained with")
+
+
+def _refuse_shape(key: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], uri: str) -> None:
+    kept = shapes.get(key, "absent")
+    asked = tuple(tensors[key].shape) if key in tensors else "absent"
+    if kept != asked:
+        raise ConfigError(f"{key} is {asked} in this run, but {kept} in {uri}")
 
 
 def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]], is_same_size: bool) -> bool:
@@ -94,7 +133,7 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
     run.training_step.load_state_dict(state["gate"])
     if run.control:
         run.control.load_state_dict(state["control"])
-    kept = [{part: rank.get(part, {}) for part in ("exchange", "upkeep")} for rank in owns]
+    kept = [{part: rank.get(part, {}) for part in ("exchange", "upkeep", "base")} for rank in owns]
     if is_same_size:
         load_rng_state(dict(owns[run.world.rank]["rng"]), run.world.device)
         mine = kept[run.world.rank]
@@ -105,6 +144,7 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
     if is_same_size and run.exchange.replicas and LOCAL in owns[run.world.rank]:
         _write(_trained(run), owns[run.world.rank][LOCAL])
     run.upkeep.load_state_dict(mine["upkeep"])
+    run.thaw.load_state_dict(mine["base"])
     is_same_data = bool(state["identity"]["data"] == _identity(run)["data"])
     if is_same_data:
         run.data.load_state_dict(merge_states([dict(rank["data"]) for rank in owns]))
@@ -113,7 +153,8 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
 
 def _live(run: Run) -> dict[str, Any]:
     trained, replicas = _trained(run), run.exchange.replicas
-    return {**trained, "model": {name: replicas.get(name, tensor) for name, tensor in trained["model"].items()}}
+    model = {name: replicas.get(name, tensor) for name, tensor in trained["model"].items()}
+    return {"model": model, "optimizer": {**trained["optimizer"], "base": run.thaw.optimizer_state()}}
 
 
 def _trained(run: Run) -> dict[str, Any]:

@@ -55,16 +55,16 @@ def restore(
     world: World,
     shelves: Sequence[Shelf],
     ranks_per_node: int,
-    targets: Mapping[str, Tensor],
     *,
-    check: Callable[[Manifest, str], None],
+    targets: Callable[[Manifest, str], Mapping[str, Tensor]],
     passed_over: Callable[[str], None],
     wanted: Callable[[Place], bool] = lambda _: True,
 ) -> Restored | None:
     """Read the newest whole checkpoint; None when there is none. Collective.
 
-    shelves: the nearest first. targets: tensors to read into, by key, contiguous; others are made on the CPU.
-    check: raises when a checkpoint must not be read into the targets. passed_over: told, in one line each, of damage.
+    shelves: the nearest first. targets: of a checkpoint's manifest and URI, the tensors to read into, by key,
+    contiguous; others are made on the CPU. It raises when the checkpoint must not be read. passed_over: told, in one
+    line each, of damage.
     StorageError when there are checkpoints but none is whole, because beginning anew would lose them silently; the
     targets may then hold anything. One of which a lost node had a part, and no store a copy, is none.
     """
@@ -75,7 +75,7 @@ def restore(
         for place, copies in fresh:
             tried.add(place)
             try:
-                return _Reader(world, shelves, ranks_per_node, place.name, copies, passed_over).read(targets, check)
+                return _Reader(world, shelves, ranks_per_node, place.name, copies, passed_over).read(targets)
             except _Lost as lost:
                 passed_over(f"passed over {lost}")
             except DamagedCheckpoint as found:
@@ -128,13 +128,13 @@ class _Reader:
         self._is_in_store = any(shelves[copy.shelf].is_shared for copy in copies)
         self._passed_over = passed_over
 
-    def read(self, targets: Mapping[str, Tensor], check: Callable[[Manifest, str], None]) -> Restored:
+    def read(self, targets_of: Callable[[Manifest, str], Mapping[str, Tensor]]) -> Restored:
         """Everything, into the targets."""
         found = self._load_first()
         manifest, report = found.manifest, found.report
         if self._is_in_store:
             report = report.model_copy(update={"uri": self._uri(self._shelves[-1])})
-        check(manifest, report.uri)
+        targets = targets_of(manifest, report.uri)
         readers = self._share_out(manifest)
         replicated = {place["key"]: place for place in placeholders(manifest.replicated)}
         tensors = {key: targets[key] if key in targets else empty_tensor(place) for key, place in replicated.items()}

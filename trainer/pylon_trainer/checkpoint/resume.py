@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
 
 from pylon_api.training import RestoreSpec
 from pylon_trainer.checkpoint import contents
 from pylon_trainer.checkpoint.archive import Place, open_other
+from pylon_trainer.checkpoint.manifest import Manifest
 from pylon_trainer.checkpoint.restore import Restored, restore
 from pylon_trainer.checkpoint.shelf import Shelf
 from pylon_trainer.errors import ConfigError
@@ -22,11 +26,14 @@ def resume(run: Run, shelves: Sequence[Shelf], notice: Callable[[str], None]) ->
     shelves: of this job, the nearest first. ConfigError when restoreFrom names none, or one that does not fit.
     """
     spec = run.config.training.checkpoint
-    restored, is_own = _read(run, shelves, notice), True
+    restored, is_own = _read(run, shelves, notice, partial(contents.all_of, run)), True
     if restored is None and spec is not None and spec.restore_from is not None:
         restored, is_own = _read_other(run, spec.restore_from, notice), False
     if restored is None:
         return None
+    if not is_own and contents.is_base(run, restored.manifest):
+        notice(f"begins at step 0 with the weights of {restored.report.uri}, which learn no more")
+        return restored, is_own
     is_same_size = restored.manifest.ranks == run.world.size
     if not contents.go_on(run, restored.replicated, restored.own, is_same_size):
         notice(f"the data differs from that of {restored.report.uri}: it is read from its start")
@@ -40,14 +47,14 @@ def _read(
     run: Run,
     shelves: Sequence[Shelf],
     notice: Callable[[str], None],
+    targets: Callable[[Manifest, str], Mapping[str, Tensor]],
     wanted: Callable[[Place], bool] = lambda _: True,
 ) -> Restored | None:
     return restore(
         run.world,
         shelves,
         run.config.processes_per_node,
-        contents.live_tensors(run),
-        check=lambda manifest, uri: contents.refuse_another(run, manifest, uri),
+        targets=targets,
         passed_over=notice,
         wanted=wanted,
     )
@@ -60,7 +67,11 @@ def _read_other(run: Run, source: RestoreSpec, notice: Callable[[str], None]) ->
     def wanted(place: Place) -> bool:
         return source.step in (None, place.step) and name in (None, place.name)
 
-    found = _read(run, [shelf], notice, wanted)
+    def targets(manifest: Manifest, uri: str) -> Mapping[str, Tensor]:
+        fits = contents.base_of if contents.is_base(run, manifest) else contents.all_of
+        return fits(run, manifest, uri)
+
+    found = _read(run, [shelf], notice, targets, wanted)
     if found is None:
         which = "" if source.step is None else f" of step {source.step}"
         raise ConfigError(f"training.checkpoint.restoreFrom: no committed checkpoint{which} in {source.uri}")

@@ -145,7 +145,8 @@ class Decoder(nn.Module, ABC):
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
         def run(x_BTD: Tensor, advice_PR: Tensor | None = None) -> Tensor:
-            return block(x_BTD, replace(context, holds_mixers=True, advice_PR=advice_PR))
+            y_BTD: Tensor = block(x_BTD, replace(context, holds_mixers=True, advice_PR=advice_PR))
+            return y_BTD
 
         inputs = (x_BTD,) if context.advice_PR is None else (x_BTD, context.advice_PR)
         return recomputed(run, block, *inputs, autocast=autocast)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from advice import open_ports
-from functorch.compile import make_boxed_func
+from compilers import without_code
 from pydantic import ValidationError
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 
 from pylon_api.training import ModelSpec
 from pylon_trainer.models import Decoder, Resonate, build_model
@@ -103,17 +101,6 @@ def test_only_attention_remembers_more_with_every_token(kind: str, grows: bool) 
         cache.extend(tokens_of(1, 1))
     assert (cache.bytes() > early) == grows
     assert model.attends == grows
-
-
-def without_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """inductor up to where it would generate code, which is slow and torch's business: its passes over the graph, and
-    the cut into what is held and what is computed again, are where recomputed parts can go wrong."""
-
-    def inner(graph: torch.fx.GraphModule, _: list[Any], **__: Any) -> Callable[..., Any]:
-        return make_boxed_func(graph.forward)
-
-    compiled: Callable[..., Any] = compile_fx(graph, inputs, inner_compile=inner)
-    return compiled
 
 
 @pytest.mark.slow

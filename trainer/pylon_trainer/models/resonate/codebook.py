@@ -106,7 +106,7 @@ class Codebook(nn.Module):
         busy, idle = order_S[:pairs], order_S.flip(0)[:pairs]
         alive = usage_S.mean() * DEAD_SHARE
         moves_P1 = ((usage_S[idle] < alive) & (usage_S[busy] >= alive)).unsqueeze(1)
-        noise_PW = torch.randn(pairs, keys_SW.shape[1], generator=draws).to(keys_SW.device)
+        noise_PW = torch.randn(pairs, keys_SW.shape[1], generator=draws).to(keys_SW.device, non_blocking=True)
         size_P1 = keys_SW[busy].square().mean(1, keepdim=True).sqrt()
         keys_SW[idle] = torch.where(moves_P1, keys_SW[busy] + JITTER * size_P1 * noise_PW, keys_SW[idle])
         atoms_SSW[idle] = torch.where(moves_P1.unsqueeze(2), atoms_SSW[busy], atoms_SSW[idle])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -60,6 +60,10 @@ class AdaptedLinear(nn.Module):
         return y if self.weight is None else y + context.linear(cast("Linear", self), x)
 
 
+_KNOWN = tuple(field.name for field in fields(Context))
+"""What every context knows, whatever else it does."""
+
+
 @dataclass(frozen=True)
 class AdaptedContext(Context):
     """What a block's layers run in when they are adapted: all is the inner context's, but adapted layers get their
@@ -71,8 +75,7 @@ class AdaptedContext(Context):
 
     @classmethod
     def within(cls, inner: Context, scales: tuple[Tensor, ...]) -> AdaptedContext:
-        positions = inner.places, inner.cos, inner.sin, inner.starts_BT, inner.mask
-        return cls(*positions, inner, scales, advice_PR=inner.advice_PR)
+        return cls(**{name: getattr(inner, name) for name in _KNOWN}, inner=inner, scales=scales)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """As Context has it."""

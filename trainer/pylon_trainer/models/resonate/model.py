@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylon_api.training import Activation, AdaptationSpec, Architecture, ModelSpec, ResonateSpec
+from pylon_api.training import Activation, Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.decoder import Block, Decoder, add_branch, norm_limit_of
 from pylon_trainer.models.ports import Port, PortKind, norm_with
@@ -37,8 +37,8 @@ class Resonate(Decoder):
         super().__init__(spec, vocab_size)
         self.shared: Shared | None = None
         """What its blocks share where their layers are adapted."""
-        if (adaptation := _adaptation(spec)) is not None:
-            self.shared, self.generated = adapt(self, adaptation)
+        if spec.adaptation is not None:
+            self.shared, self.generated = adapt(self, spec.adaptation)
         control = (spec.resonate or ResonateSpec()).control
         advice_PR = None if control is None else torch.zeros(len(PortKind), control.vector_size)
         # What the controller last said: written in place, so that a recorded step finds it where it was, and part of
@@ -54,7 +54,7 @@ class Resonate(Decoder):
         return context if self.advice_PR is None else replace(context, advice_PR=self.advice_PR)
 
     def _block(self, number: int) -> Block:
-        is_adapted = _adaptation(self.spec) is not None
+        is_adapted = self.spec.adaptation is not None
         mixer_block = AdaptedMixerBlock if is_adapted else MixerBlock
         match kind_of(self.spec, number):
             case Kind.ATTENTION:
@@ -140,10 +140,6 @@ class Kind(enum.Enum):
     ATTENTION = enum.auto()
     LONG_CONVOLUTION = enum.auto()
     SCAN = enum.auto()
-
-
-def _adaptation(spec: ModelSpec) -> AdaptationSpec | None:
-    return None if spec.resonate is None else spec.resonate.adaptation
 
 
 def kind_of(spec: ModelSpec, number: int) -> Kind:

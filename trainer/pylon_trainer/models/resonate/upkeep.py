@@ -41,9 +41,10 @@ class Upkeep:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank has counted; the rest is the model's. Not a copy."""
+        """What this rank has counted: a copy, because the next step counts on while a checkpoint is written. The rest
+        is the model's."""
         codebook = None if self._shared is None else self._shared.codebook
-        return {} if codebook is None else {KEPT: codebook.counts}
+        return {} if codebook is None else {KEPT: codebook.counts.clone()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
