@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from measure import Mark, compiled_graphs
 from python_corpus import VOCABULARY, Ids
 from torch import Tensor
@@ -31,6 +33,7 @@ from pylon_api.training import (
     TrainingSpec,
 )
 from pylon_trainer.checkpoint.state import separate
+from pylon_trainer.control import Control, build_control
 from pylon_trainer.gating import build_step
 from pylon_trainer.gating.replay import Replay
 from pylon_trainer.models import Decoder, build_model
@@ -106,6 +109,17 @@ class Outcome:
     recompiles: int
 
 
+class Alone(World):
+    """A single rank, without a process group."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """See World."""
+        return tensor[None]
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        pass
+
+
 class Laboratory:
     """One model on which every run takes place."""
 
@@ -135,12 +149,12 @@ class Laboratory:
         step = self._plain if not strategy.gating else self._build(strategy.gating)
         fresh = copy.deepcopy(step.state_dict())
         optimizer = Optimizer(self._parameters, strategy.optimizer)
-        curvature = self._curvature(optimizer, strategy.optimizer)
+        curvature, control = self._curvature(optimizer, strategy.optimizer), self._control(step)
         batches = self._batches(strategy, kind, seed=0)
         warm = 0
         while warm < WARM_STEPS:
             graphs = _made(step)
-            round_s = self._round(step, optimizer, curvature, batches, [1e-4] * ROUND_STEPS, first=warm)[0]
+            round_s = self._round(step, optimizer, curvature, control, batches, [1e-4] * ROUND_STEPS, first=warm)[0]
             warm += ROUND_STEPS
             if _made(step) == graphs:
                 break
@@ -173,6 +187,7 @@ class Laboratory:
         curvature = self._curvature(optimizer, strategy.optimizer)
         step, step_s = self._steps[strategy.name], self._step_s[strategy.name]
         step.load_state_dict(self._fresh[strategy.name])
+        control = self._control(step)
         batches = self._batches(strategy, phase.kind, seed)
         budget_s = phase.seconds * strategy.time_factor
         clock_s, done, recompiles = 0.0, 0, 0
@@ -185,7 +200,7 @@ class Laboratory:
                 shares = [min((clock_s + i * step_s) / budget_s, 1.0) for i in range(count)]
             graphs = _made(step)
             rates = [phase.learning_rate * _rate(phase.schedule, share) for share in shares]
-            round_s, gated_tokens = self._round(step, optimizer, curvature, batches, rates, first=done)
+            round_s, gated_tokens = self._round(step, optimizer, curvature, control, batches, rates, first=done)
             if _made(step) == graphs:
                 step_s = round_s / count
             recompiles += _made(step) - graphs
@@ -202,6 +217,7 @@ class Laboratory:
         step: TrainingStep,
         optimizer: Optimizer,
         curvature: Curvature | None,
+        control: Control | None,
         batches: Iterator[Batch],
         rates: list[float],
         *,
@@ -213,7 +229,8 @@ class Laboratory:
         for number, rate in enumerate(rates, first):
             batch = next(batches)
             result = step.forward_backward(batch, global_tokens=batch.labels_BT.numel(), step=number)
-            optimizer.update(rate)
+            with control.around_update(number, batch, [result], rate) if control else nullcontext():
+                optimizer.update(rate)
             for parameter in self._parameters.values():
                 parameter.grad = None
             if curvature:
@@ -233,6 +250,12 @@ class Laboratory:
 
     def _build(self, gating: dict[str, Any]) -> TrainingStep:
         return build_step(self.model, self._training(gating=GatingSpec.model_validate(gating)), self._device)
+
+    def _control(self, step: TrainingStep) -> Control | None:
+        """One that knows nothing yet, where the model asks for it."""
+        torch.manual_seed(0)
+        alone = Alone(0, 1, 0, self._device)
+        return build_control(alone, self._training(model=self.model.spec), self.model, step, self._parameters)
 
     def _curvature(self, optimizer: Optimizer, spec: OptimizerSpec) -> Curvature | None:
         alone = World(0, 1, 0, self._device)

@@ -87,6 +87,8 @@ VARIANTS = {
             "low rank, seeded base, codebook",
             _adapted(base="Seed", codebook={"revive_every_steps": 0}),
         ),
+        Variant("resonate", "control", {"control": {}}),
+        Variant("resonate", "norm limit", {"stability": {}}),
         Variant("resonate", "Muon", optimizer="Muon", rates=(1e-3, 3e-3)),
         Variant("resonate", "Lion", optimizer="Lion", rates=(1e-4, 3e-4)),
         Variant("resonate", "Adafactor", optimizer="Adafactor", rates=(2e-2, 6e-2)),
