@@ -34,6 +34,18 @@ def test_a_block_goes_no_farther_than_the_limit_and_the_others_go_where_they_wen
     torch.testing.assert_close(torch.cat(moved.steps[1:3]), steps, rtol=1e-4, atol=1e-6)
 
 
+def test_a_codebook_that_all_blocks_share_lends_its_size_to_none() -> None:
+    codebook = "blocks.0.adaptation.hyper.codebook.atoms"
+    parameters = {"blocks.0.a": Parameter(torch.ones(3)), codebook: Parameter(torch.full((9, 9), 100.0))}
+    limit = Limit(parameters)
+    before = limit.remember()
+    with torch.no_grad():
+        parameters["blocks.0.a"] += 1
+    moved = limit.apply(before, torch.tensor(0.1))
+    torch.testing.assert_close(moved.ratio_G, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(parameters["blocks.0.a"].detach(), torch.full((3,), 1.1))
+
+
 def test_a_step_that_was_left_out_stays_left_out() -> None:
     parameters = {"blocks.0.a": Parameter(torch.ones(3)), "norm.weight": Parameter(torch.zeros(3))}
     limit = Limit(parameters)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pylon_trainer.consensus.groups import Kind, kind_of
+
 
 class Moved(NamedTuple):
     """What became of a step."""
@@ -31,9 +33,9 @@ class Limit:
     """On the tensors of one model."""
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
-        """parameters: by name; those of block b are called blocks.b.*."""
+        """parameters: by name; those of block b are called blocks.b.*, among the first's a codebook that all share."""
         self._parameters: list[Tensor] = list(parameters.values())
-        blocks = [int(name.split(".")[1]) if name.startswith("blocks.") else -1 for name in parameters]
+        blocks = [_block_of(name, parameter) for name, parameter in parameters.items()]
         self.groups = max(blocks) + 2
         device = self._parameters[0].device
         self._group_N = torch.tensor(blocks, device=device) % self.groups
@@ -60,3 +62,9 @@ class Limit:
             parameter.lerp_(old, back)
         torch._foreach_mul_(steps, (1 - back_N).unbind())
         return Moved(ratio_G, steps)
+
+
+def _block_of(name: str, parameter: Tensor) -> int:
+    """Its number; -1 for what no block has for itself."""
+    is_shared = kind_of(name, tuple(parameter.shape)) is Kind.CODEBOOK
+    return -1 if is_shared or not name.startswith("blocks.") else int(name.split(".")[1])
