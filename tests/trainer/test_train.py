@@ -200,6 +200,37 @@ def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
 @pytest.mark.parametrize(
     "fields",
     [
+        {"optimizer": {"learningRate": 1e-5, "lookahead": {"steps": 1}}},
+        {"optimizer": {"learningRate": 1e-5}, "consensus": {"localSteps": 4}},
+    ],
+    ids=["slow weights", "shared weights"],
+)
+def test_whatever_keeps_a_copy_of_the_weights_begins_with_those_of_the_base(
+    fields: dict[str, Any],
+    tmp_path: Path,
+    make_config: MakeConfig,
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_at_once(monkeypatch)
+    plain = {"architecture": "Resonate", "resonate": {"headWidth": 8, "stateSize": 8, "chunkTokens": 4}}
+    exit_code, first = run_pod(tmp_path / "plain", make_config(model=plain))
+    assert exit_code == 0, first.log
+    before = weights(checkpoints)
+    place = {"uri": str(tmp_path / "tuned"), "restoreFrom": {"uri": str(checkpoints)}}
+    own = plain["resonate"] | {"adaptation": {"base": "Dense", "rank": 2, "unfreezeStep": 0, "baseSyncSteps": 1}}
+    own["adaptation"]["growEverySteps"] = 0
+    tuned = {"model": {**plain, "resonate": own}, "checkpoint": place, "schedule": {"steps": 2}}
+    exit_code, second = run_pod(tmp_path / "tuned", make_config(**tuned, **fields))
+    assert exit_code == 0, second.log
+    after = weights(tmp_path / "tuned" / "default" / "demo-12345678")
+    for name in (name for name in before if name.startswith("model/")):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
         {},
         {"gating": {"strategy": "GradientNorm", "ratioControl": "Fixed"}},
         {"gating": {"strategy": "GradientNorm", "fallback": "Never", "engine": "SinglePass", "targetMass": 0.6}},

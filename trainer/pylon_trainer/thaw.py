@@ -34,6 +34,11 @@ class Thaw:
         self.parameters = {} if self._first is None else frozen
         self._optimizer = Optimizer(self.parameters, optimizer) if self.parameters else None
 
+    def begin(self) -> None:
+        """See Optimizer."""
+        if self._optimizer is not None:
+            self._optimizer.begin()
+
     def begin_step(self, done: int) -> None:
         """Before the forward pass of a step, when so many are done."""
         if self._first is not None and done >= self._first:

@@ -87,11 +87,18 @@ def base_of(run: Run, manifest: Manifest, uri: str) -> dict[str, Tensor]:
     """The tensors of the run that such a checkpoint is read into: all weights of the plain model, and no state of its
     optimizer. ConfigError as all_of has it."""
     _refuse_another(_plain(manifest.replicated["identity"]), _plain(_identity(run)), uri)
-    tensors = separate({"model": _tensors(run.model)})[1]
+    tensors = separate({"model": _live(run)["model"]})[1]
     shapes = {p["key"]: tuple(p["shape"]) for p in placeholders({"model": manifest.replicated["model"]})}
     for key in sorted(shapes):
         _refuse_shape(key, tensors, shapes, uri)
     return {key: tensors[key] for key in shapes}
+
+
+def begin(run: Run) -> None:
+    """Put a run into whose tensors such a checkpoint has been read at its step 0."""
+    run.exchange.load_state_dict({})
+    run.optimizer.begin()
+    run.thaw.begin()
 
 
 def _adaptation(model: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -32,7 +32,8 @@ def resume(run: Run, shelves: Sequence[Shelf], notice: Callable[[str], None]) ->
     if restored is None:
         return None
     if not is_own and contents.is_base(run, restored.manifest):
-        notice(f"begins at step 0 with the weights of {restored.report.uri}, which learn no more")
+        contents.begin(run)
+        notice(f"begins at step 0 with the weights of {restored.report.uri} as its base")
         return restored, is_own
     is_same_size = restored.manifest.ranks == run.world.size
     if not contents.go_on(run, restored.replicated, restored.own, is_same_size):

@@ -21,6 +21,12 @@ class Lookahead:
         self._spec = spec
         self.state = {"slow_weights": {name: p.detach().clone() for name, p in parameters.items()}}
 
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Slow weights start here, where the optimizer's are by now."""
+        for name, slow in self.state["slow_weights"].items():
+            slow.copy_(self._parameters[name])
+
     def follow(self, updates: Tensor, is_bad: Tensor) -> None:
         """After an update of the optimizer's; arguments as Step has them."""
         is_skipped = torch.maximum((updates % self._spec.steps != 0).float(), is_bad)

@@ -38,6 +38,11 @@ class Optimizer:
         self.skipped_in_row = torch.zeros((), device=device)
         """Steps skipped since the last one that was not."""
 
+    def begin(self) -> None:
+        """Start at the weights there are by now, which were read after this was built. It has made no update yet."""
+        if self._lookahead:
+            self._lookahead.begin()
+
     @torch.no_grad()
     def update(self, learning_rate: float, smoothed: Container[str] = ()) -> Tensor:
         """Clip, then one step with this learning rate. Returns the global gradient norm before clipping (scalar).
