@@ -156,6 +156,7 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
     },
     "spec.training.consensus.bytesPerStep": {"spec.training.consensus.codec": "Auto"},
     "spec.training.consensus.everySteps": {"spec.training.consensus.codec": "Dct"},
+    "spec.training.consensus.localSteps": {"spec.training.optimizer.lookahead": REMOVED},
     "spec.training.data.tokenizer.kind": {"spec.training.data.tokenizer.uri": "t.json"},
     "spec.training.data.tokenizer.uri": {"spec.training.data.tokenizer.kind": "File"},
 }
@@ -453,7 +454,13 @@ RULE_CASES = [
     ),
     Case("integers in turns", {CONSENSUS: {"codec": "Int4", "everySteps": 8}}),
     Case("a sketch in turns", {CONSENSUS: {"codec": "Sketch", "everySteps": 8}}, "everySteps needs codec Auto, Int8"),
-    Case("local steps", {CONSENSUS: {"codec": "Int4", "localSteps": 32, "outerRate": 1, "outerMomentum": 0}}),
+    Case(
+        "local steps",
+        {
+            CONSENSUS: {"codec": "Int4", "localSteps": 32, "outerRate": 1, "outerMomentum": 0},
+            "spec.training.optimizer.lookahead": REMOVED,
+        },
+    ),
     Case(
         "local steps and slow weights",
         {f"{TRAINING}.optimizer": {"lookahead": {}}, CONSENSUS: {"localSteps": 8}},
