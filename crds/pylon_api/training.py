@@ -770,8 +770,8 @@ class ConsensusSpec(Spec):
     """localSteps above 1 only: how far the shared weights go towards the mean of all ranks' weights, 1 being all the
     way."""
     outer_momentum: float = Field(default=0.0, ge=0, lt=1)
-    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off. m multiplies all steps by
-    1 / (1 - m) in the long run, so it wants optimizer.learningRate lower by as much."""
+    """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off. m makes steps in
+    one direction up to 1 / (1 - m) times as long, so a lower optimizer.learningRate may suit it."""
     error_feedback: bool = True
     """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
     gone."""

@@ -108,7 +108,7 @@ class LocalSteps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See Exchange. All go on from the shared weights; whoever has their own again writes them afterwards.
 
-        Of another number of local steps, or another codec, nothing is taken over.
+        Of another number of local steps nothing is taken over.
         """
         self._share_out()
         if state.get("local_steps") != self._spec.local_steps or state["parts"].keys() != self._parts.keys():
