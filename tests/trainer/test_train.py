@@ -56,6 +56,11 @@ THAWING = {
 """The base learns from the third step on and moves after the fourth, sixth and eighth."""
 
 
+def with_control(model: dict[str, Any]) -> dict[str, Any]:
+    """The same model, and a controller that advises it."""
+    return {**model, "resonate": {**model["resonate"], "control": {"vectorSize": 16, "outerEverySteps": 8}}}
+
+
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, act: Callable[[], object]) -> None:
     """Have one rank do something just before its part of a step (from 1), while its peers go on."""
     advance = Run.advance
@@ -223,9 +228,12 @@ def test_whatever_keeps_a_copy_of_the_weights_begins_with_those_of_the_base(
     tuned = {"model": {**plain, "resonate": own}, "checkpoint": place, "schedule": {"steps": 2}}
     exit_code, second = run_pod(tmp_path / "tuned", make_config(**tuned, **fields))
     assert exit_code == 0, second.log
-    after = weights(tmp_path / "tuned" / "default" / "demo-12345678")
+    tuned_checkpoints = tmp_path / "tuned" / "default" / "demo-12345678"
+    after = weights(tuned_checkpoints)
     for name in (name for name in before if name.startswith("model/")):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-3, msg=name)
+    names = [name for file in newest(tuned_checkpoints).values() for name in safetensors.torch.load(file)]
+    assert sum("model/blocks.0.mixer.input.weight" in name for name in names) == 1, "a base that all have alike, once"
 
 
 @pytest.mark.parametrize(
@@ -239,6 +247,13 @@ def test_whatever_keeps_a_copy_of_the_weights_begins_with_those_of_the_base(
         {"consensus": {"codec": "Int4", "localSteps": 3}, "gating": {"strategy": "Loss", "ratioControl": "Fixed"}},
         {"model": ADAPTED},
         {"model": THAWING, "consensus": {"hashCheckSteps": 1}},
+        {"model": THAWING, "consensus": {"codec": "Int4", "localSteps": 3}, "recompute": "Blocks"},
+        {
+            "model": with_control(THAWING),
+            "optimizer": {"name": "Muon", "lookahead": {"steps": 2}},
+            "consensus": {"codec": "Int8", "hashCheckSteps": 1, "onDisagreement": "Stop"},
+            "gating": {"strategy": "GradientNorm", "ratioControl": "Fixed", "engine": "SinglePass"},
+        },
     ],
 )
 def test_an_interrupted_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(

@@ -48,7 +48,7 @@ def own(run: Run) -> dict[str, Any]:
         "exchange": run.exchange.state_dict(),
         "upkeep": run.upkeep.state_dict(),
         "base": run.thaw.state_dict(),
-        **({LOCAL: _trained(run)} if run.exchange.replicas else {}),
+        **({LOCAL: _local(run)} if run.exchange.replicas else {}),
     }
 
 
@@ -149,7 +149,7 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
         mine = divide_up(kept, run.world.size)
     run.exchange.load_state_dict(mine["exchange"])
     if is_same_size and run.exchange.replicas and LOCAL in owns[run.world.rank]:
-        _write(_trained(run), owns[run.world.rank][LOCAL])
+        _write(_local(run), owns[run.world.rank][LOCAL])
     run.upkeep.load_state_dict(mine["upkeep"])
     run.thaw.load_state_dict(mine["base"])
     is_same_data = bool(state["identity"]["data"] == _identity(run)["data"])
@@ -159,14 +159,15 @@ def go_on(run: Run, state: Mapping[str, Any], owns: Sequence[Mapping[str, Any]],
 
 
 def _live(run: Run) -> dict[str, Any]:
-    trained, replicas = _trained(run), run.exchange.replicas
-    model = {name: replicas.get(name, tensor) for name, tensor in trained["model"].items()}
-    return {"model": model, "optimizer": {**trained["optimizer"], "base": run.thaw.optimizer_state()}}
+    replicas = run.exchange.replicas
+    model = {name: replicas.get(name, tensor) for name, tensor in _tensors(run.model).items()}
+    return {"model": model, "optimizer": {**run.optimizer.state_dict(), "base": run.thaw.optimizer_state()}}
 
 
-def _trained(run: Run) -> dict[str, Any]:
-    """Weights and optimizer state of this rank."""
-    return {"model": _tensors(run.model), "optimizer": run.optimizer.state_dict()}
+def _local(run: Run) -> dict[str, Any]:
+    """Weights and optimizer state of this rank, without what ranks have alike: a base, buffers."""
+    model = {name: tensor for name, tensor in _tensors(run.model).items() if name in run.parameters}
+    return {"model": model, "optimizer": run.optimizer.state_dict()}
 
 
 @torch.no_grad()
