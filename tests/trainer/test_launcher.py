@@ -128,7 +128,7 @@ def test_the_exit_code_gets_through_when_not_even_a_report_can_be_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("pylon_trainer.report.write", full)
-    exit_code, pod = run_pod(tmp_path, make_config(data={"train": ["/nowhere/*.txt"]}))
+    exit_code, pod = run_pod(tmp_path, make_config(processes=1, data={"train": ["/nowhere/*.txt"]}))
     assert (exit_code, pod.report.message) == (65, "rank 0 ended with BadData and said nothing")
     assert "BadData: training.data.train" in pod.log
     assert "Traceback" not in pod.log

@@ -49,7 +49,9 @@ def test_zeros_stay_zeros_beside_blocks_that_are_not(codec: Codec) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "largest", "scales_by"), [(Int8(), 127, 256), (Int8(7), 127, 7), (Int4(), 7, 128)], ids=str
+    ("codec", "largest", "scales_by"),
+    [(Int8(), 127, 256), (Int8(7), 127, 7), (Int4(), 7, 128)],
+    ids=["Int8", "Int8 by 7", "Int4"],
 )
 def test_integers_are_the_nearest_multiples_of_a_block_s_scale(codec: Codec, largest: int, scales_by: int) -> None:
     values_BV = values_of(5, codec)
@@ -59,7 +61,9 @@ def test_integers_are_the_nearest_multiples_of_a_block_s_scale(codec: Codec, lar
     torch.testing.assert_close(codec.decode(codec.encode(values_BV)).double(), expected_BV, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("codec", "at_most"), [(BFLOAT16, 0.002), (Int8(), 0.008), (Int4(), 0.13)], ids=str)
+@pytest.mark.parametrize(
+    ("codec", "at_most"), [(BFLOAT16, 0.002), (Int8(), 0.008), (Int4(), 0.13)], ids=["bfloat16", "Int8", "Int4"]
+)
 def test_dense_codecs_lose_little_of_normal_values(codec: Codec, at_most: float) -> None:
     values_N = torch.randn(40_001, generator=torch.Generator().manual_seed(0))
     assert error(values_N, round_trip(codec, values_N)) < at_most

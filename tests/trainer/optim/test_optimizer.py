@@ -131,13 +131,15 @@ def test_vectors_are_not_decayed(spec: OptimizerSpec) -> None:
 @pytest.mark.usefixtures("waiting_is_an_error")
 def test_on_a_gpu_no_update_waits_and_it_goes_where_a_cpu_does(spec: OptimizerSpec) -> None:
     here = toy_parameters()
-    there = {name: torch.nn.Parameter(parameter.detach().cuda()) for name, parameter in here.items()}
+    there = {
+        name: torch.nn.Parameter(parameter.detach().to("cuda", non_blocking=True)) for name, parameter in here.items()
+    }
     optimizers = [Optimizer(here, spec), Optimizer(there, spec)]
     for step in range(4):
         set_gradients(here, step)
         for name, parameter in here.items():
             assert parameter.grad is not None
-            there[name].grad = parameter.grad.cuda()
+            there[name].grad = parameter.grad.to("cuda", non_blocking=True)
         for optimizer in optimizers:
             optimizer.update(0.01)
     torch.cuda.set_sync_debug_mode("default")

@@ -383,6 +383,6 @@ def test_on_a_gpu_steps_repeat_bit_for_bit(adaptation: dict[str, Any], is_compil
 @pytest.mark.gpu
 @pytest.mark.usefixtures("waiting_is_an_error")
 def test_a_look_at_the_codebook_does_not_wait_for_the_device() -> None:
-    codebook = codebook_of().cuda()
+    codebook = codebook_of().to("cuda", non_blocking=True)
     codebook.counts[:32] = 1.0
     codebook.revive(codebook.counts, seed=1)
