@@ -771,7 +771,7 @@ class ConsensusSpec(Spec):
     way."""
     outer_momentum: float = Field(default=0.0, ge=0, lt=1)
     """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off. m makes steps in
-    one direction up to 1 / (1 - m) times as long, so a lower optimizer.learningRate may suit it."""
+    one direction up to 1 / (1 - m) times as long."""
     error_feedback: bool = True
     """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
     gone."""
