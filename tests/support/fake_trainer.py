@@ -29,11 +29,13 @@ TOTAL = CONFIG["training"]["schedule"]["steps"]
 TOKEN = Path(os.environ["PYLON_TOKEN_FILE"]).read_text()
 
 
-def restored() -> int:
-    return int(COMMITTED.read_text()) if COMMITTED.exists() else 0
+def restored() -> tuple[int, int]:
+    """Attempt and step of what was committed last."""
+    attempt, step = COMMITTED.read_text().split() if COMMITTED.exists() else (0, 0)
+    return int(attempt), int(step)
 
 
-step = restored()
+_, step = restored()
 asked = threading.Event()
 stopping = threading.Event()
 saves: dict[str, Any] = {"committed": 0, "failed": 0, "failedInRow": 0, "failure": ""}
@@ -46,12 +48,12 @@ def commit() -> None:
         return
     saves.update(committed=saves["committed"] + 1, failedInRow=0, failure="")
     fresh = STATE / f".committed-{os.getpid()}"
-    fresh.write_text(str(step))
+    fresh.write_text(f"{CONFIG['attempt']} {step}")
     fresh.replace(COMMITTED)
 
 
 def status(phase: str = "Training") -> dict[str, Any]:
-    saved = restored()
+    attempt, saved = restored()
     return {
         "uid": CONFIG["uid"],
         "attempt": CONFIG["attempt"],
@@ -64,7 +66,9 @@ def status(phase: str = "Training") -> dict[str, Any]:
         "tokensPerSecond": 12345.0,
         "gate": {"decision": "Gated", "reason": "as set", "ratio": 0.5, "savedFlopsRatio": 0.333},
         "stepSeconds": float(os.environ.get("FAKE_STEP_SECONDS", "0.01")),
-        "checkpoint": {"step": saved, "uri": str(COMMITTED), "sizeBytes": 2_000_000} if saved else None,
+        "checkpoint": {"attempt": attempt, "step": saved, "uri": str(COMMITTED), "sizeBytes": 2_000_000}
+        if saved
+        else None,
         "saves": dict(saves),
         "notices": json.loads(os.environ.get("FAKE_NOTICES", "[]")),
         "sample": "def fake(): pass" if phase == "Finished" else None,
