@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # Fast ones first, so that a slip shows early.
-SUITES := $(wildcard $(addprefix tests/,api delivery operator trainer cluster e2e))
+SUITES := $(wildcard $(addprefix tests/,api benchmarks delivery operator trainer cluster e2e))
 KIND_CLUSTER := pylon
 KIND_KUBECONFIG := .cache/kind.kubeconfig
 
