@@ -147,4 +147,5 @@ def test_on_a_gpu_no_update_waits_and_it_goes_where_a_cpu_does(spec: OptimizerSp
     for name, parameter in here.items():
         way = parameter.detach() - start[name].detach()
         error = there[name].detach().cpu() - parameter.detach()
-        assert float(error.norm() / way.norm()) < (0.05 if spec.name == OptimizerName.MUON else 1e-3), name
+        # Updates of one size may lead back to the start, to the bit: then here and there.
+        assert error.norm() <= (0.05 if spec.name == OptimizerName.MUON else 1e-3) * way.norm(), name
