@@ -7,9 +7,10 @@
 
 Text is Python sources (python_corpus.py), recall is MQAR (recall.py). Runs of a seed see the same data in the same
 order. Budgets of text: `tokens`, the same for all; `seconds`, those that the Transformer of the seed took for its
-tokens, each run with a whole schedule of its own (quality_runs.py); `0.8 tokens`. The peak learning rate of a variant
-is the best of its short list by the held-out loss of one run of seed 1000, a quarter as long; for recall, by seed 0.
-Clocks leave out evaluation; those of text leave out compilation too.
+tokens, each run with a whole schedule of its own (quality_runs.py); `0.8 tokens`. A tenth of a run is warm-up. The peak
+learning rate of a variant is where the held-out loss of runs of seed 1000, a quarter as long, is lowest: from the
+middle of its list they go down or up as long as that helps. For recall it is the better of two, by seed 0. Clocks leave
+out evaluation; those of text leave out compilation too.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from gate_quality import CORPUS, COSINE
+from gate_quality import CORPUS
 from measure import RESULTS, device_name, print_table, read_rows, write_results
 from python_corpus import VOCABULARY, Ids, read_corpus
-from quality_runs import Laboratory, Outcome, Phase, Scale
+from quality_runs import SCHEDULE_STEPS, Laboratory, Outcome, Phase, Scale
 from recall import Task, train
 from resonate_table import SHARE, name_of, summarise
 from resonate_variants import CORE, LARGE, SMALL, VARIANTS, Shape, Variant
 
-from pylon_api.training import Compile
+from pylon_api.training import Compile, ScheduleSpec
 
 BASELINE = "transformer"
 BUDGETS = ("tokens", "seconds", SHARE)
+SCHEDULE = ScheduleSpec(steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 10)
 RATE_SEED = 1000
 RATE_SHARE = 0.25
 RECALL_RATES = (1e-3, 4e-3)
@@ -60,7 +62,7 @@ class Contender:
 
     def train(self, seed: int, *, seconds: float = math.nan, steps: int | None = None) -> Outcome:
         """From fresh weights, for so many steps or else seconds."""
-        phase = Phase("scratch", "python", seconds, self.rate, COSINE)
+        phase = Phase("scratch", "python", seconds, self.rate, SCHEDULE)
         return self.laboratory.train(self.variant.strategy, phase, seed, self.laboratory.start(seed), steps)[0]
 
 
@@ -91,14 +93,17 @@ class Study:
         build = partial(variant.build, shape, VOCABULARY)
         laboratory = Laboratory(scale, corpus, self._device, arguments.compile, build)
         step_s = laboratory.prepare(variant.strategy, "python")
-        rates = (arguments.learning_rate,) if arguments.learning_rate else variant.rates
-        tried = [Contender(variant, laboratory, rate) for rate in rates]
-        steps = max(1, round(RATE_SHARE * arguments.steps))
-        losses = {one.rate: one.train(RATE_SEED, steps=steps).loss for one in tried} if len(tried) > 1 else {}
-        best = min(tried, key=lambda one: losses.get(one.rate, 0.0))
         tokens_per_s = scale.sequences * scale.tokens / step_s
-        print(f"{variant.name}: {tokens_per_s:,.0f} tokens/s, learning rate {best.rate} of {losses}", flush=True)
-        return best
+        print(f"{variant.name}: {tokens_per_s:,.0f} tokens/s", flush=True)
+        if arguments.learning_rate:
+            return Contender(variant, laboratory, arguments.learning_rate)
+        steps = max(1, round(RATE_SHARE * arguments.steps))
+        rate, losses = lowest(
+            variant.rates, lambda rate: Contender(variant, laboratory, rate).train(RATE_SEED, steps=steps).loss
+        )
+        tried = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in sorted(losses.items()))
+        print(f"{variant.name}: learning rate {rate:g} after {steps} steps of each ({tried})", flush=True)
+        return Contender(variant, laboratory, rate)
 
     def _run_text(self, contender: Contender, seed: int, budget: str) -> None:
         variant, steps = contender.variant, self._arguments.steps
@@ -194,6 +199,29 @@ class Study:
         )
 
 
+def lowest(rates: Sequence[float], loss_of: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """Where the loss is lowest, going from the middle down, or else up, for as long as that helps; and what was tried.
+
+    rates: ascending. A loss that is not a number is no help.
+    """
+    losses: dict[float, float] = {}
+
+    def loss_at(place: int) -> float:
+        loss = loss_of(rates[place])
+        losses[rates[place]] = math.inf if math.isnan(loss) else loss
+        return losses[rates[place]]
+
+    best = len(rates) // 2
+    low = loss_at(best)
+    for way in (-1, 1):
+        place = best
+        while 0 <= place + way < len(rates) and (loss := loss_at(place + way)) <= low:
+            place, low = place + way, loss
+        if place != best:
+            return rates[place], losses
+    return rates[best], losses
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare the quality of architectures of equal size.")
     parser.add_argument("--only", choices=list(VARIANTS), action="append", help="default: the core table")
@@ -201,7 +229,9 @@ def main() -> int:
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of a run of equal tokens (default 300)")
-    parser.add_argument("--learning-rate", type=float, help="for all; default: the best of each variant's list")
+    parser.add_argument(
+        "--learning-rate", type=float, help="of text, for all; default: the best of each variant's list"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -41,8 +41,8 @@ class Variant:
     """What differs from the architecture as such; empty: nothing."""
     resonate: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "AdamW"
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Peak learning rates of which the best is taken."""
+    rates: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+    """Peak learning rates, ascending, among which the best is looked for from the middle on."""
 
     @property
     def name(self) -> str:
@@ -89,9 +89,9 @@ VARIANTS = {
         ),
         Variant("resonate", "control", {"control": {}}),
         Variant("resonate", "norm limit", {"stability": {}}),
-        Variant("resonate", "Muon", optimizer="Muon", rates=(1e-3, 3e-3)),
-        Variant("resonate", "Lion", optimizer="Lion", rates=(1e-4, 3e-4)),
-        Variant("resonate", "Adafactor", optimizer="Adafactor", rates=(2e-2, 6e-2)),
+        Variant("resonate", "Muon", optimizer="Muon"),
+        Variant("resonate", "Lion", optimizer="Lion", rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
+        Variant("resonate", "Adafactor", optimizer="Adafactor", rates=(1e-2, 2e-2, 4e-2, 8e-2)),
     )
 }
 CORE = ("transformer", "mamba2", "resonate", "resonate: attention")

@@ -89,6 +89,23 @@ def test_every_variant_can_be_trained(variant: Variant) -> None:
     assert all(math.isfinite(loss) for loss in result.loss.values())
 
 
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(3, {2, 3, 4}), (1, {0, 1, 2, 3}), (0, {0, 1, 2, 3}), (5, {2, 3, 4, 5, 6}), (6, {2, 3, 4, 5, 6})],
+)
+def test_the_learning_rate_is_looked_for_from_the_middle_on(best: int, tried: set[int]) -> None:
+    rates = [2.0**n for n in range(7)]
+    rate, losses = resonate_quality.lowest(rates, lambda rate: abs(math.log2(rate) - best))
+    assert rate == rates[best]
+    assert set(losses) == {rates[n] for n in tried}
+
+
+@pytest.mark.parametrize(("rates", "best"), [([1.0, 2.0, 3.0], 1.0), ([3.0, 4.0, 5.0], 3.0), ([0.5, 1.0, 5.0], 1.0)])
+def test_learning_rates_that_end_in_no_number_are_not_taken(rates: list[float], best: float) -> None:
+    rate, _ = resonate_quality.lowest(rates, lambda rate: math.nan if rate > 3.5 else -rate if rate < 2 else 0.0)
+    assert rate == best
+
+
 def test_a_query_is_asked_once_for_each_pair_and_labelled_with_its_value() -> None:
     batch = recall.draw(TASK, 4, torch.Generator().manual_seed(0))
     assert batch.tokens_BT.shape == batch.labels_BT.shape == (16, 32)
