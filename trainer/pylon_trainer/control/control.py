@@ -68,8 +68,7 @@ class Control:
         self._advice_PR = advice_PR
         self._parameters = parameters
         self._limit = Limit(parameters)
-        shared = model.shared if isinstance(model, Resonate) else None
-        self._codebook = None if shared is None else shared.codebook
+        self._codebook = model.codebook if isinstance(model, Resonate) else None
         size = 3 + 2 * self._limit.groups
         self._controller = Controller(size, spec.vector_size).to(world.device)
         weights = dict(self._controller.named_parameters())
