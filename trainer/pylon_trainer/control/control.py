@@ -200,6 +200,14 @@ class Control:
             **{f"controller's {name}": moment for name, moment in self._optimizer.tensors.items()},
         }
 
+    @property
+    def turn_bytes(self) -> int:
+        """Bytes that a rank sends in a turn, and as many that it receives, beside those of the step."""
+        ranks = self._world.size
+        summed_bytes = 4 * (5 + self._advice_PR.shape[1])  # what the loss did, in five numbers, and its gradient
+        gathered_bytes = 4 * self._unusual_KS.shape[1]
+        return 2 * summed_bytes * (ranks - 1) // ranks + gathered_bytes * (ranks - 1)
+
     def report(self) -> ControlReport:
         """What control is doing. The same on every rank. Waits for nothing."""
         belief = self._belief
