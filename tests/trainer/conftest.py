@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,19 @@ def checkpoints(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
-    """Whatever makes the host wait for a CUDA device raises."""
+def waiting_is_an_error() -> AbstractContextManager[None]:
+    """To be entered once: in there, whatever makes the host wait for a CUDA device raises."""
     import torch  # most tests need it later or not at all
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+
+    @contextmanager
+    def checked() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from gangs import run_gang, run_pod, save_at_once
+from gangs import Pod, run_gang, run_pod, save_at_once
 
 from pylon_api import names
 from pylon_api.names import ExitCode
@@ -29,12 +29,12 @@ from pylon_trainer.step import Batch, StepResult
 
 MakeConfig = Callable[..., dict[str, Any]]
 
+SIZES = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4}
+PLAIN = {"architecture": "Resonate", "resonate": SIZES}
 ADAPTED = {
     "architecture": "Resonate",
     "resonate": {
-        "headWidth": 8,
-        "stateSize": 8,
-        "chunkTokens": 4,
+        **SIZES,
         "adaptation": {
             "rank": 2,
             "maximumRank": 8,
@@ -47,9 +47,7 @@ ADAPTED = {
 THAWING = {
     "architecture": "Resonate",
     "resonate": {
-        "headWidth": 8,
-        "stateSize": 8,
-        "chunkTokens": 4,
+        **SIZES,
         "adaptation": {"base": "Dense", "rank": 2, "maximumRank": 8, "unfreezeStep": 2, "baseSyncSteps": 2},
     },
 }
@@ -59,6 +57,16 @@ THAWING = {
 def with_control(model: dict[str, Any]) -> dict[str, Any]:
     """The same model, and a controller that advises it."""
     return {**model, "resonate": {**model["resonate"], "control": {"vectorSize": 16, "outerEverySteps": 8}}}
+
+
+def tuned_from(base: Path, place: Path, steps: int, **adaptation: Any) -> dict[str, Any]:
+    """Fields of a run that saves in `place` and adapts the plain model whose checkpoints are in `base`."""
+    own = {**SIZES, "adaptation": {"base": "Dense", "rank": 2, "growEverySteps": 0, **adaptation}}
+    return {
+        "model": {**PLAIN, "resonate": own},
+        "checkpoint": {"uri": str(place), "restoreFrom": {"uri": str(base)}},
+        "schedule": {"steps": steps},
+    }
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, act: Callable[[], object]) -> None:
@@ -107,6 +115,15 @@ def weights(checkpoints: Path, step: int | None = None) -> dict[str, torch.Tenso
     return {name: tensor for part in tensors for name, tensor in part.items() if not name.startswith("own/")}
 
 
+@pytest.fixture
+def plain_pod(tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Pod:
+    """A run of the plain model that has ended, and left its weights in `checkpoints`."""
+    save_at_once(monkeypatch)
+    exit_code, pod = run_pod(tmp_path / "plain", make_config(model=PLAIN))
+    assert exit_code == 0, pod.log
+    return pod
+
+
 def test_a_run_trains_evaluates_saves_samples_and_exports(
     tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,8 +165,7 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
 def test_resonate_trains_with_every_gate(
     gating: dict[str, Any], activation: str, tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    own = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "attentionEvery": 3, "longConvolutionEvery": 2}
-    own |= {"activation": activation}
+    own = {**SIZES, "attentionEvery": 3, "longConvolutionEvery": 2, "activation": activation}
     fixed = {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.5} | gating
     exit_code, pod = run_pod(
         tmp_path,
@@ -169,22 +185,14 @@ def test_resonate_trains_with_every_gate(
 
 
 def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
-    tmp_path: Path, make_config: MakeConfig, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+    plain_pod: Pod, tmp_path: Path, make_config: MakeConfig, checkpoints: Path
 ) -> None:
-    save_at_once(monkeypatch)
-    plain = {"architecture": "Resonate", "resonate": {"headWidth": 8, "stateSize": 8, "chunkTokens": 4}}
-    exit_code, first = run_pod(tmp_path / "plain", make_config(model=plain))
-    assert exit_code == 0, first.log
     before = weights(checkpoints)
-    place = {"uri": str(tmp_path / "tuned"), "restoreFrom": {"uri": str(checkpoints)}}
-    own = plain["resonate"] | {
-        "adaptation": {"base": "Dense", "rank": 2, "growEverySteps": 0, "codebook": {"width": 8}}
-    }
-    tuned = {"model": {**plain, "resonate": own}, "checkpoint": place, "schedule": {"steps": 12}}
+    tuned = tuned_from(checkpoints, tmp_path / "tuned", steps=12, codebook={"width": 8})
     exit_code, second = run_pod(tmp_path / "tuned", make_config(**tuned))
     assert exit_code == 0, second.log
     assert min(second.values("loss")) == 1
-    assert float(second.values("loss")[1]) == pytest.approx(float(first.values("loss")[8]), abs=0.3)
+    assert float(second.values("loss")[1]) == pytest.approx(float(plain_pod.values("loss")[8]), abs=0.3)
     assert any("begins at step 0 with the weights of" in notice for notice in second.final.notices)
     after = weights(tmp_path / "tuned" / "default" / "demo-12345678")
     frozen = {f"model/blocks.0.{path}.weight" for path in ("mixer.input", "mixer.output", "mlp.gate", "mlp.down")}
@@ -193,11 +201,9 @@ def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
     assert not torch.equal(before["model/norm.weight"], after["model/norm.weight"])
     assert not any(f"optimizer/first_moments/{name.removeprefix('model/')}" in after for name in frozen)
 
-    place["restoreFrom"] = {"uri": str(checkpoints)}
-    tuned["model"] = {**tuned["model"], "hiddenSize": 32}
-    exit_code, third = run_pod(
-        tmp_path / "third", make_config(**{**tuned, "checkpoint": {**place, "uri": str(tmp_path / "third")}})
-    )
+    other = tuned_from(checkpoints, tmp_path / "third", steps=12)
+    other["model"]["hiddenSize"] = 32
+    exit_code, third = run_pod(tmp_path / "third", make_config(**other))
     assert exit_code == ExitCode.BAD_CONFIG
     assert "training.model.hiddenSize is 32" in third.report.message
 
@@ -210,22 +216,12 @@ def test_a_plain_checkpoint_becomes_the_frozen_base_of_an_adapted_model(
     ],
     ids=["slow weights", "shared weights"],
 )
+@pytest.mark.usefixtures("plain_pod")
 def test_whatever_keeps_a_copy_of_the_weights_begins_with_those_of_the_base(
-    fields: dict[str, Any],
-    tmp_path: Path,
-    make_config: MakeConfig,
-    checkpoints: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any], tmp_path: Path, make_config: MakeConfig, checkpoints: Path
 ) -> None:
-    save_at_once(monkeypatch)
-    plain = {"architecture": "Resonate", "resonate": {"headWidth": 8, "stateSize": 8, "chunkTokens": 4}}
-    exit_code, first = run_pod(tmp_path / "plain", make_config(model=plain))
-    assert exit_code == 0, first.log
     before = weights(checkpoints)
-    place = {"uri": str(tmp_path / "tuned"), "restoreFrom": {"uri": str(checkpoints)}}
-    own = plain["resonate"] | {"adaptation": {"base": "Dense", "rank": 2, "unfreezeStep": 0, "baseSyncSteps": 1}}
-    own["adaptation"]["growEverySteps"] = 0
-    tuned = {"model": {**plain, "resonate": own}, "checkpoint": place, "schedule": {"steps": 2}}
+    tuned = tuned_from(checkpoints, tmp_path / "tuned", steps=2, unfreezeStep=0, baseSyncSteps=1)
     exit_code, second = run_pod(tmp_path / "tuned", make_config(**tuned, **fields))
     assert exit_code == 0, second.log
     tuned_checkpoints = tmp_path / "tuned" / "default" / "demo-12345678"

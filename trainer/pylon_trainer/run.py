@@ -109,7 +109,7 @@ def build(config: RunConfig, world: World, data: TrainingData) -> Run:
     seed_everything(training.seed, world.rank + 1)
     refuse_disagreement(world, config, {**dict(model.named_parameters()), **dict(model.named_buffers())})
     optimizer = Optimizer(parameters, training.optimizer)
-    exchange = build_exchange(world, training, parameters)
+    exchange = build_exchange(world, training, parameters, control.turn_bytes if control else 0)
     thaw = Thaw(model, training.optimizer, world)
     alike = {**(exchange.replicas or {**parameters, **optimizer.tensors}), **thaw.tensors}
     if control:

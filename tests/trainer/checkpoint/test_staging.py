@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -326,8 +327,7 @@ def test_nothing_is_left_behind(build: Build) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("waiting_is_an_error")
-def test_a_save_never_waits_for_the_device(build: Build) -> None:
+def test_a_save_never_waits_for_the_device(build: Build, waiting_is_an_error: AbstractContextManager[None]) -> None:
     # Some 22 parts: a stream that cannot go on takes about a hundred copies and events, then whoever issues more waits.
     tensors = {f"w{number}": torch.ones(60, 60, device="cuda") for number in range(5)}
     tensors["transposed"] = tensors["w0"].T
@@ -339,12 +339,13 @@ def test_a_save_never_waits_for_the_device(build: Build) -> None:
     staging.release()
     writer.wait_for_parts(parts, 1)
 
-    torch.cuda._sleep(busy_cycles)
-    staged = staging.begin(tensors, layout, UPLOADS)
-    staging.release()
-    for number in range(5):
-        tensors[f"w{number}"].zero_()
-    step = torch.cuda.current_stream().record_event()
+    with waiting_is_an_error:
+        torch.cuda._sleep(busy_cycles)
+        staged = staging.begin(tensors, layout, UPLOADS)
+        staging.release()
+        for number in range(5):
+            tensors[f"w{number}"].zero_()
+        step = torch.cuda.current_stream().record_event()
 
     assert not step.query(), "release() or begin() waited for the device"
     assert staged is not None

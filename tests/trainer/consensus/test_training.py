@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gangs import run_pod
+from gangs import Pod, run_pod
 
 from pylon_api.names import ExitCode
 
@@ -49,3 +50,24 @@ def test_a_budget_that_is_too_small_is_refused_at_the_start(tmp_path: Path, make
     assert exit_code == ExitCode.BAD_CONFIG
     assert "training.consensus.bytesPerStep 4200 is too small: the least possible is " in pod.report.message
     assert "Traceback" not in pod.log
+
+
+def test_the_least_budget_that_a_refusal_names_is_kept_in_turns_of_control_too(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """A turn sends some 16 KB, as much as four times what is set aside for all that ranks say beside gradients."""
+    own = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "control": {"outerEverySteps": 8, "vectorSize": 4096}}
+
+    def run_within(budget_bytes: int) -> tuple[int, Pod]:
+        fields = {"model": {"architecture": "Resonate", "resonate": own}, "schedule": {"steps": 10}, "checkpoint": None}
+        consensus = {"codec": "Int8", "bytesPerStep": budget_bytes}
+        return run_pod(tmp_path / str(budget_bytes), make_config(**fields, consensus=consensus))
+
+    exit_code, refused = run_within(1)
+    assert exit_code == ExitCode.BAD_CONFIG
+    named = re.search(r"the least possible is (\d+) bytes", refused.report.message)
+    assert named, refused.report.message
+    least_bytes = int(named[1])
+    exit_code, pod = run_within(least_bytes)
+    assert exit_code == 0, pod.log
+    assert pod.final.bytes_per_step < pod.final.bytes_per_step_peak <= least_bytes

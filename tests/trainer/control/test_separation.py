@@ -150,7 +150,7 @@ def test_neither_learner_writes_to_what_is_the_others(tmp_path: Path, make_confi
         with control.around_update(8, batch, results, learning_rate=0.1):
             pass
         figures = control.tensors["controller's usual_S"].numel()
-        assert world.traffic.bytes - sent_bytes == 4 * (5 + 16 + figures)  # between two ranks
+        assert world.traffic.bytes - sent_bytes == control.turn_bytes == 4 * (5 + 16 + figures)  # between two ranks
         assert not differing(before, tensors_of(run))
         assert differing(controls, control.tensors) >= {"advice", "controller's say.weight", "controller's usual_S"}
 

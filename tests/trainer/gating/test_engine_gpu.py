@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -42,15 +43,6 @@ def _exact_products() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def without_waiting(call: Callable[[], object]) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize(
     ("bfloat16", "isolated", "backend"),
     [(False, True, None), (True, False, None), (True, True, "inductor")],
@@ -58,7 +50,7 @@ def without_waiting(call: Callable[[], object]) -> None:
 )
 @pytest.mark.parametrize("name", ENGINES)
 def test_gradients_equal_the_cpus_and_no_step_waits(
-    name: str, bfloat16: bool, isolated: bool, backend: str | None
+    name: str, bfloat16: bool, isolated: bool, backend: str | None, waiting_is_an_error: AbstractContextManager[None]
 ) -> None:
     model, batch = model_of(**SHAPE), batch_of(SEQUENCES, LENGTH, isolated)
     depth = None if name == "HeadOnly" else depth_of(len(ROWS[4]), leak_rate=0.3)
@@ -77,7 +69,10 @@ def test_gradients_equal_the_cpus_and_no_step_waits(
 
     rows_K = torch.tensor(ROWS[4], device="cuda")
     gradient_KD = torch.randn(len(ROWS[4]), SHAPE["hidden_size"], device="cuda")
-    without_waiting(lambda: engine.forward(moved)[1](rows_K, gradient_KD, accumulate, depth))
+    torch.cuda.synchronize()
+    with waiting_is_an_error:
+        _, back = engine.forward(moved)
+        back(rows_K, gradient_KD, accumulate, depth)
 
 
 @pytest.mark.parametrize("name", ROW_ENGINES)

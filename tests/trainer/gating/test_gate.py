@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -290,9 +291,9 @@ def test_rows_without_a_label_rank_last_however_high_their_scores() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("selection", ["Sampled", "Stratified", "SequenceAware", "Top"])
-def test_on_a_gpu_nothing_waits_and_the_gate_decides_by_its_own_clock(selection: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_on_a_gpu_nothing_waits_and_the_gate_decides_by_its_own_clock(
+    selection: str, waiting_is_an_error: AbstractContextManager[None]
+) -> None:
     device = torch.device("cuda")
     gating = GatingSpec.model_validate({"strategy": "GradientNorm", "selection": selection, "depth_buckets": 2,
                                         "engine": "SinglePass"})  # fmt: skip
@@ -313,11 +314,8 @@ def test_on_a_gpu_nothing_waits_and_the_gate_decides_by_its_own_clock(selection:
 
     step(0)  # the first pass may wait: libraries set themselves up
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error:
         for number in range(1, 15 * INTERVAL_STEPS):
             step(number)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert gate.report().decision is GateDecision.GATED
     saved(gate.state_dict())

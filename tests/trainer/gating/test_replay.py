@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -77,19 +78,13 @@ def test_replayed_steps_are_like_others(kind: str, micro_batches: int) -> None:
 
 
 @pytest.mark.gpu
-def test_a_replayed_step_never_waits_and_launches_one_graph() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_a_replayed_step_never_waits_and_launches_one_graph(waiting_is_an_error: AbstractContextManager[None]) -> None:
     step, batch = step_of(Compile.GRAPH, KINDS["two pass"]), batch_of(5)
     for number in range(1, 4):
         step.forward_backward(batch, global_tokens=256, step=number)
         step.model.zero_grad()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            step.forward_backward(batch, global_tokens=256, step=4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step.forward_backward(batch, global_tokens=256, step=4)
     products = [event for event in profile.events() if event.name in ("aten::mm", "aten::addmm")]
     assert not products  # all of them are in the graph

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,16 +214,13 @@ def test_a_sequence_shorter_than_its_quota_leaves_the_rest_to_the_others() -> No
 
 @pytest.mark.gpu
 @each_rule
-def test_no_rule_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(gating: GatingSpec) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_no_rule_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(
+    gating: GatingSpec, waiting_is_an_error: AbstractContextManager[None]
+) -> None:
     scores_BT = scores_of(4, 64)
     expected = selected(gating, scores_BT, everyone(scores_BT), 50)
     scores_BT, labelled_BT = scores_BT.cuda(), everyone(scores_BT).cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error:
         rows_K, weights_K = select(gating, scores_BT, labelled_BT, rows=50, start=0.4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert rows_K.tolist() == expected.rows_K.tolist()
     torch.testing.assert_close(weights_K.cpu(), expected.weights_K)

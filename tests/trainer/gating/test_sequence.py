@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -186,19 +187,16 @@ def forward_backward(step: TrainingStep, batch: Batch) -> Callable[[], object]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("selection", ["Sampled", "Top"])
-def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(selection: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(
+    selection: str, waiting_is_an_error: AbstractContextManager[None]
+) -> None:
     batch = batch_of(6)
     _, expected = run(gated(model_of(), 0.5, selection=selection), batch)
     step, moved = gated(model_of().cuda(), 0.5, selection=selection), batch.to(torch.device("cuda"))
     run(step, moved, 4)  # the first pass may wait: libraries set themselves up
     step.model.zero_grad()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error:
         step.forward_backward(moved, global_tokens=72, step=5)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     gradient = torch.cat([p.grad.flatten().cpu() for p in step.model.parameters() if p.grad is not None])
     assert distance(gradient, expected) < 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -356,10 +357,8 @@ def test_compiled_blocks_share_one_graph_without_breaks_and_give_the_same_gradie
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("strategy", ["Disabled", *SCORED])
 def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(
-    strategy: str, selection: str, engine: dict[str, str]
+    strategy: str, selection: str, engine: dict[str, str], waiting_is_an_error: AbstractContextManager[None]
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
     gating = {"strategy": strategy, "selection": "Sampled" if strategy == "Random" else selection} | engine
     batch = dataclasses.replace(batch_of(), documents_BT=(torch.arange(15) // 6).int().expand(3, -1).contiguous())
@@ -369,11 +368,8 @@ def test_no_step_waits_for_the_device_and_the_gpu_agrees_with_the_cpu(
     moved = batch.to(device)
     run(step, moved, 4)  # the first pass may wait: libraries set themselves up
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error:
         step.model.zero_grad()
         step.forward_backward(moved, global_tokens=labelled(batch), step=5)
         step.evaluate(moved)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_same({name: gradient.cpu() for name, gradient in gradients(step.model).items()}, expected, 1e-3)

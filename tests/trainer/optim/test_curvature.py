@@ -7,7 +7,7 @@ import torch
 
 from pylon_api.training import Compile, DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
 from pylon_trainer.gating import build_plain_step
-from pylon_trainer.models import build_model
+from pylon_trainer.models import Resonate, build_model
 from pylon_trainer.optim.curvature import build_curvature
 from pylon_trainer.optim.optimizer import Optimizer
 from pylon_trainer.runtime.distributed import World
@@ -17,9 +17,12 @@ CPU = torch.device("cpu")
 VOCABULARY = 5
 
 
-def recipe(optimizer: dict[str, object]) -> TrainingSpec:
+MODEL = ModelSpec(layers=1, hidden_size=16, heads=2, initializer_std=0.2)
+
+
+def recipe(optimizer: dict[str, object], model: ModelSpec = MODEL) -> TrainingSpec:
     return TrainingSpec(
-        model=ModelSpec(layers=1, hidden_size=16, heads=2, initializer_std=0.2),
+        model=model,
         data=DataSpec(train=["unused"]),
         schedule=ScheduleSpec(steps=1),
         precision="Float32",
@@ -59,6 +62,29 @@ def test_sophia_is_told_the_curvature_at_its_intervals_and_finds_no_gradients_of
         curvatures = optimizer.state_dict()["curvatures"].values()
         assert all(bool(values.any()) is is_told for values in curvatures)
         assert all(parameter.grad is None for parameter in parameters.values())
+
+
+def test_a_token_counts_once_as_use_of_the_codebook_though_labels_are_drawn_for_it() -> None:
+    own = {
+        "headWidth": 8,
+        "stateSize": 8,
+        "adaptation": {"rank": 2, "maximumRank": 4, "codebook": {"subKeys": 8, "width": 8}},
+    }
+    spec = ModelSpec.model_validate({"architecture": "Resonate", "layers": 1, "hiddenSize": 16, "resonate": own})
+    training = recipe({"name": "Sophia", "curvatureSteps": 1}, spec)
+    model = build_model(spec, vocab_size=VOCABULARY)
+    assert isinstance(model, Resonate)
+    assert model.codebook is not None
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = Optimizer(parameters, training.optimizer)
+    curvature = build_curvature(World(0, 1, 0, CPU), training, model, optimizer, parameters)
+    assert curvature is not None
+    batch = batch_of(torch.randint(VOCABULARY, (2, 8)))
+    build_plain_step(model, training, CPU).forward_backward(batch, global_tokens=16, step=0)
+    counts = model.codebook.counts.clone()
+    assert counts.any()
+    curvature.follow([batch], 16, 1)
+    assert torch.equal(model.codebook.counts, counts)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "Lion", "Adafactor"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from toy_parameters import HIDDEN, SHAPES, bits, copies, set_gradients, toy_parameters
@@ -128,21 +130,20 @@ def test_vectors_are_not_decayed(spec: OptimizerSpec) -> None:
 
 @all_optimizers
 @pytest.mark.gpu
-@pytest.mark.usefixtures("waiting_is_an_error")
-def test_on_a_gpu_no_update_waits_and_it_goes_where_a_cpu_does(spec: OptimizerSpec) -> None:
+def test_on_a_gpu_no_update_waits_and_it_goes_where_a_cpu_does(
+    spec: OptimizerSpec, waiting_is_an_error: AbstractContextManager[None]
+) -> None:
     here = toy_parameters()
-    there = {
-        name: torch.nn.Parameter(parameter.detach().to("cuda", non_blocking=True)) for name, parameter in here.items()
-    }
-    optimizers = [Optimizer(here, spec), Optimizer(there, spec)]
-    for step in range(4):
-        set_gradients(here, step)
-        for name, parameter in here.items():
-            assert parameter.grad is not None
-            there[name].grad = parameter.grad.to("cuda", non_blocking=True)
-        for optimizer in optimizers:
-            optimizer.update(0.01)
-    torch.cuda.set_sync_debug_mode("default")
+    there = {name: torch.nn.Parameter(parameter.detach().to("cuda")) for name, parameter in here.items()}
+    with waiting_is_an_error:
+        optimizers = [Optimizer(here, spec), Optimizer(there, spec)]
+        for step in range(4):
+            set_gradients(here, step)
+            for name, parameter in here.items():
+                assert parameter.grad is not None
+                there[name].grad = parameter.grad.to("cuda", non_blocking=True)
+            for optimizer in optimizers:
+                optimizer.update(0.01)
     start = toy_parameters()
     for name, parameter in here.items():
         way = parameter.detach() - start[name].detach()

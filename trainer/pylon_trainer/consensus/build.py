@@ -14,10 +14,12 @@ from pylon_trainer.consensus.local_steps import LocalSteps
 from pylon_trainer.runtime.distributed import World
 
 
-def build_exchange(world: World, training: TrainingSpec, parameters: Mapping[str, Tensor]) -> Exchange:
+def build_exchange(
+    world: World, training: TrainingSpec, parameters: Mapping[str, Tensor], other_bytes: int = 0
+) -> Exchange:
     """For these parameters. One rank has nobody to spare bytes for, so its exchange is exact.
 
-    ConfigError when the budget is too small.
+    other_bytes: of the budget, for control, which local steps refuse. ConfigError when the budget is too small.
     """
     spec = training.consensus
     if world.size == 1:
@@ -27,4 +29,4 @@ def build_exchange(world: World, training: TrainingSpec, parameters: Mapping[str
     if spec.codec is ConsensusCodec.EXACT:
         return ExactExchange(world)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return CompressedExchange(world, spec, shapes, training.seed)
+    return CompressedExchange(world, spec, shapes, training.seed, other_bytes)

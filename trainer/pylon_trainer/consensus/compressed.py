@@ -35,12 +35,20 @@ class CompressedExchange:
 
     replicas: Mapping[str, Tensor] = MappingProxyType({})
 
-    def __init__(self, world: World, spec: ConsensusSpec, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
-        """shapes: of all gradients, by name. seed: of the sketches' hashes, the same on all ranks.
+    def __init__(
+        self,
+        world: World,
+        spec: ConsensusSpec,
+        shapes: Mapping[str, tuple[int, ...]],
+        seed: int,
+        other_bytes: int = 0,
+    ) -> None:
+        """shapes: of all gradients, by name. seed: of the sketches' hashes, the same on all ranks. other_bytes: of the
+        budget, beside CONTROL_BYTES, for whoever else sends.
 
         ConfigError when the spec's budget is too small for any codec.
         """
-        self._world, self._spec = world, spec
+        self._world, self._spec, self._control_bytes = world, spec, CONTROL_BYTES + other_bytes
         catalogue = Catalogue(world, spec, seed)
         self._groups = {group.kind: group for group in group_by_kind(shapes)}
         self._offers = {
@@ -104,7 +112,7 @@ class CompressedExchange:
 
     def _plan(self) -> None:
         """Choose channels by the figures there are, and hand over what has been kept."""
-        chosen = choose({kind: self._choices(kind) for kind in self._groups}, self._budget_bytes, CONTROL_BYTES)
+        chosen = choose({kind: self._choices(kind) for kind in self._groups}, self._budget_bytes, self._control_bytes)
         for kind, choice in chosen.items():
             old = self._channels.get(kind)
             if old is None or old.name != choice.name:

@@ -68,8 +68,7 @@ class Control:
         self._advice_PR = advice_PR
         self._parameters = parameters
         self._limit = Limit(parameters)
-        shared = model.shared if isinstance(model, Resonate) else None
-        self._codebook = None if shared is None else shared.codebook
+        self._codebook = model.codebook if isinstance(model, Resonate) else None
         size = 3 + 2 * self._limit.groups
         self._controller = Controller(size, spec.vector_size).to(world.device)
         weights = dict(self._controller.named_parameters())
@@ -200,6 +199,14 @@ class Control:
             **{f"controller's {name}": weight for name, weight in self._controller.state_dict().items()},
             **{f"controller's {name}": moment for name, moment in self._optimizer.tensors.items()},
         }
+
+    @property
+    def turn_bytes(self) -> int:
+        """Bytes that a rank sends in a turn, and as many that it receives, beside those of the step."""
+        ranks = self._world.size
+        summed_bytes = 4 * (5 + self._advice_PR.shape[1])  # what the loss did, in five numbers, and its gradient
+        gathered_bytes = 4 * self._unusual_KS.shape[1]
+        return 2 * summed_bytes * (ranks - 1) // ranks + gathered_bytes * (ranks - 1)
 
     def report(self) -> ControlReport:
         """What control is doing. The same on every rank. Waits for nothing."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from pylon_api.training import OptimizerSpec
-from pylon_trainer.optim.rule import Group, Step, zeros_like
+from pylon_trainer.optim.rule import Group, Step, or_default, zeros_like
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 
@@ -20,9 +20,9 @@ class AdamW:
     def __init__(self, parameters: dict[str, torch.nn.Parameter], spec: OptimizerSpec) -> None:
         self.parameters = parameters
         self.state = {"first_moments": zeros_like(parameters), "second_moments": zeros_like(parameters)}
-        self._beta1 = BETA1 if spec.beta1 is None else spec.beta1
-        self._beta2 = BETA2 if spec.beta2 is None else spec.beta2
-        self._epsilon = EPSILON if spec.epsilon is None else spec.epsilon
+        self._beta1 = or_default(spec.beta1, BETA1)
+        self._beta2 = or_default(spec.beta2, BETA2)
+        self._epsilon = or_default(spec.epsilon, EPSILON)
 
     def apply(self, group: Group, step: Step) -> None:
         """See Rule."""

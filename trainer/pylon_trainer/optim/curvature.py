@@ -8,6 +8,7 @@ of all tokens, gated or not. The sum over ranks is exact. After the update, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -15,7 +16,8 @@ from pylon_api.training import OptimizerName, TrainingSpec
 from pylon_trainer.consensus.exact import ExactExchange
 from pylon_trainer.gating import build_plain_step
 from pylon_trainer.gating.step import PlainStep
-from pylon_trainer.models import Decoder
+from pylon_trainer.models import Decoder, Resonate
+from pylon_trainer.models.resonate.codebook import Codebook
 from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.runtime.distributed import World
 from pylon_trainer.step import Batch
@@ -33,18 +35,21 @@ class Curvature:
         exchange: ExactExchange,
         optimizer: Optimizer,
         parameters: dict[str, torch.nn.Parameter],
+        codebook: Codebook | None,
         interval_steps: int,
     ) -> None:
         self._plain_step, self._exchange, self._optimizer = plain_step, exchange, optimizer
-        self._parameters, self._interval_steps = parameters, interval_steps
+        self._parameters, self._codebook, self._interval_steps = parameters, codebook, interval_steps
 
     def follow(self, parts: Sequence[Batch], global_tokens: int, step: int) -> None:
-        """After this many updates, with the micro-batches of the last. Collective; leaves no gradients."""
+        """After this many updates, with the micro-batches of the last. Collective; leaves no gradients, and counts no
+        use of a codebook, as training on these tokens has."""
         if step % self._interval_steps:
             return
-        for part in parts:
-            drawn = self._plain_step.draw_labels(part)
-            self._plain_step.forward_backward(drawn, global_tokens=global_tokens, step=step)
+        with self._codebook.uncounted() if self._codebook else nullcontext():
+            for part in parts:
+                drawn = self._plain_step.draw_labels(part)
+                self._plain_step.forward_backward(drawn, global_tokens=global_tokens, step=step)
         self._exchange.exchange(named_gradients(self._parameters))
         self._optimizer.observe_drawn(global_tokens)
         for parameter in self._parameters.values():
@@ -63,4 +68,5 @@ def build_curvature(
         return None
     plain_step = build_plain_step(model, training, world.device)
     interval_steps = training.optimizer.curvature_steps or INTERVAL_STEPS
-    return Curvature(plain_step, ExactExchange(world), optimizer, parameters, interval_steps)
+    codebook = model.codebook if isinstance(model, Resonate) else None
+    return Curvature(plain_step, ExactExchange(world), optimizer, parameters, codebook, interval_steps)

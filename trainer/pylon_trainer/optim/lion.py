@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from pylon_api.training import OptimizerSpec
-from pylon_trainer.optim.rule import Group, Step, zeros_like
+from pylon_trainer.optim.rule import Group, Step, or_default, zeros_like
 
 BETA1, BETA2 = 0.9, 0.99
 
@@ -21,8 +21,8 @@ class Lion:
     def __init__(self, parameters: dict[str, torch.nn.Parameter], spec: OptimizerSpec) -> None:
         self.parameters = parameters
         self.state = {"first_moments": zeros_like(parameters)}
-        self._beta1 = BETA1 if spec.beta1 is None else spec.beta1
-        self._beta2 = BETA2 if spec.beta2 is None else spec.beta2
+        self._beta1 = or_default(spec.beta1, BETA1)
+        self._beta2 = or_default(spec.beta2, BETA2)
 
     def apply(self, group: Group, step: Step) -> None:
         """See Rule."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pylon_api.training import OptimizerSpec
 from pylon_trainer.consensus.groups import Kind, kind_of
-from pylon_trainer.optim.rule import Group, Step, zeros_like
+from pylon_trainer.optim.rule import Group, Step, or_default, zeros_like
 
 MOMENTUM = 0.95
 RMS = 0.2
@@ -34,7 +34,7 @@ class Muon:
     def __init__(self, parameters: dict[str, torch.nn.Parameter], spec: OptimizerSpec) -> None:
         self.parameters = parameters
         self.state = {"first_moments": zeros_like(parameters)}
-        self._momentum = MOMENTUM if spec.momentum is None else spec.momentum
+        self._momentum = or_default(spec.momentum, MOMENTUM)
 
     def apply(self, group: Group, step: Step) -> None:
         """See Rule."""

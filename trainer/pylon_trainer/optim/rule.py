@@ -1,4 +1,4 @@
-"""What the rules that turn gradients into updates share: the step they are in, and two ways to write.
+"""What the rules that turn gradients into updates share: the step they are in, two ways to write, and how to begin.
 
 A step whose gradients are not finite is left out on the device, so that no step waits for it. Whoever writes to
 parameters or state therefore does it by a kernel that looks at `Step.is_bad` itself: torch's fused AdamW, or its fused
@@ -100,6 +100,11 @@ class Rule(Protocol):
 def blend(averages: list[Tensor], values: list[Tensor], share: float | Tensor, is_skipped: Tensor) -> None:
     """average += share * (value - average), unless is_skipped is 1: that is ascent on the values, decay 1."""
     _descend(averages, values, share, 1.0, ascends=True, is_skipped=is_skipped)
+
+
+def or_default(given: float | None, default: float) -> float:
+    """A constant of a rule: the spec's where it gives one, be it 0."""
+    return default if given is None else given
 
 
 def zeros_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

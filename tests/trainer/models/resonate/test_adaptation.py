@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -381,8 +382,8 @@ def test_on_a_gpu_steps_repeat_bit_for_bit(adaptation: dict[str, Any], is_compil
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("waiting_is_an_error")
-def test_a_look_at_the_codebook_does_not_wait_for_the_device() -> None:
-    codebook = codebook_of().to("cuda", non_blocking=True)
+def test_a_look_at_the_codebook_does_not_wait_for_the_device(waiting_is_an_error: AbstractContextManager[None]) -> None:
+    codebook = codebook_of().to("cuda")
     codebook.counts[:32] = 1.0
-    codebook.revive(codebook.counts, seed=1)
+    with waiting_is_an_error:
+        codebook.revive(codebook.counts, seed=1)

@@ -47,7 +47,7 @@ class Tilings:
 
 
 TENSOR_CORES = {
-    64: Tilings(64, 64, Tiling(3, 4, 64), Tiling(3, 4, 24), Tiling(2, 8, 24), Tiling(3, 4, 64)),
+    64: Tilings(64, 64, Tiling(3, 4, 64), Tiling(4, 4, 24), Tiling(2, 8, 24), Tiling(3, 4, 64)),
     128: Tilings(64, 64, Tiling(3, 4, 64), Tiling(2, 4, 24), Tiling(1, 8, 24), Tiling(3, 4, 128)),
     256: Tilings(64, 64, Tiling(3, 4, 64), Tiling(1, 4, 8), Tiling(1, 8, 24), Tiling(2, 4, 128)),
 }

@@ -14,6 +14,8 @@ Shapes: S sub-keys of each half, S * S atoms of width W, K chosen; ... any.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,15 @@ class Codebook(nn.Module):
         if torch.is_grad_enabled() and self.atoms.requires_grad:
             self.counts.index_add_(0, choice.flatten(), torch.ones_like(self.counts[:1]).expand(choice.numel()))
         return (weights.unsqueeze(-2) @ F.embedding(choice, self.atoms)).squeeze(-2)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Atoms that are chosen in here do not count as used."""
+        counts = self.counts.clone()
+        try:
+            yield
+        finally:
+            self.counts.copy_(counts)
 
     def choose(self, query: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The K atoms with the highest scores, best first, and their weights, which add up to 1."""

@@ -22,6 +22,7 @@ from pylon_trainer.models.decoder import Block, Decoder, add_branch, norm_limit_
 from pylon_trainer.models.ports import Port, PortKind, norm_with
 from pylon_trainer.models.resonate.adaptation import AdaptedBlock, Shared, adapt
 from pylon_trainer.models.resonate.binlop import Binlop
+from pylon_trainer.models.resonate.codebook import Codebook
 from pylon_trainer.models.resonate.long_convolution import LongConvolution
 from pylon_trainer.models.resonate.mamba import Mamba
 from pylon_trainer.models.resonate.mixer import StateMixer
@@ -47,6 +48,11 @@ class Resonate(Decoder):
         if control is not None:
             for block in self.blocks:  # after all else has drawn its weights, which so are those of a model without
                 block.open_ports(control.vector_size)
+
+    @property
+    def codebook(self) -> Codebook | None:
+        """The one that its blocks mix, if they do."""
+        return None if self.shared is None else self.shared.codebook
 
     def context(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, *, first: int = 0) -> Context:
         """As Decoder has it."""
