@@ -12,8 +12,9 @@ from torch import Tensor
 from pylon_trainer.kernels import convolution
 from pylon_trainer.kernels.convolution import operators, reference
 
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""Of whole tensors, relative, beside float64: half a unit in the last place, of float32 some more."""
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Of whole tensors, relative, beside float64: a unit in the last place, as the interpreter cuts digits off; of float32
+some, as it sums."""
 
 
 @dataclass(frozen=True)
