@@ -155,6 +155,24 @@ def test_binlop_moves_16_bytes_at_a_time() -> None:
     assert backward.count("st.global.v4.b32") == 4
 
 
+def test_short_convolution_loads_channels_side_by_side() -> None:
+    """Also of rows whose length is no multiple of 16."""
+    from pylon_trainer.kernels.convolution import triton as convolution
+
+    floats = {"weight_UW": "*fp32", "bias_U": "*fp32", "sums_PXU": "*fp32", "starts_BT": "*i64"}
+    for kernel, tiling in (
+        (convolution._forward_kernel, convolution.FORWARD),
+        (convolution._backward_kernel, convolution.BACKWARD),
+    ):
+        matrices = {name: "*bf16" for name in kernel.arg_names if name.endswith(("BTU", "d_recent_BVU"))}
+        types = {name: kind for name, kind in (floats | matrices).items() if name in kernel.arg_names}
+        shape = {"UNIT": 8, "W": 4, "recent_BVU": None}
+        cut = {"TOKENS": tiling.tokens, "ROWS": tiling.rows, "C": tiling.channels}
+        ptx = compile_for_hopper(kernel, types, shape | cut, warps=tiling.warps)
+        assert "ld.global.b16" not in ptx
+        assert "st.global.b16" not in ptx
+
+
 @pytest.mark.parametrize("kernel", ["sweep", "outputs", "gradients", "maps"])
 def test_scan_multiplies_on_tensor_cores_fed_in_the_background(kernel: str) -> None:
     from pylon_trainer.kernels.scan import launch

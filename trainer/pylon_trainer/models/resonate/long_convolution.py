@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec, ResonateSpec
@@ -55,10 +54,9 @@ class LongConvolution(StateMixer):
         advice_PR: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         """As Mixer has it. Memory: the short convolution's last W - 1 inputs, and the state B x N x 1 x F, float32."""
-        recent_BWF, state_BN1F = (None, None) if memory is None else memory
+        recent_BVF, state_BN1F = (None, None) if memory is None else memory
         gate_BTF, channels_BTF = x_BTI.chunk(2, -1)
-        channels_BTF, recent_BWF = self.convolution(channels_BTF, starts_BT, recent_BWF)
-        values_BTF = F.silu(channels_BTF)
+        values_BTF, recent_BVF = self.convolution(channels_BTF, starts_BT, recent_BVF)
         exponents_N = self.log_rates.float().exp()
         # Each exponential answers noise with noise of the same size.
         gains_HN = self.filters * (1 - (-2 * exponents_N).exp()).sqrt()
@@ -67,7 +65,7 @@ class LongConvolution(StateMixer):
         )
         skip_H = skip_with(self.skip, self.port_skip, advice_PR)
         y_BTF = y_BTF + skip_H.repeat_interleave(self.own.head_width) * values_BTF
-        return gated_norm(y_BTF, gate_BTF, self.norm_weight, self.own.groups, self.epsilon), (recent_BWF, state_BN1F)
+        return gated_norm(y_BTF, gate_BTF, self.norm_weight, self.own.groups, self.epsilon), (recent_BVF, state_BN1F)
 
 
 def long_convolution(

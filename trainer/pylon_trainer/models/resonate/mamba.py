@@ -56,10 +56,10 @@ class Mamba(StateMixer):
     ) -> tuple[Tensor, Memory]:
         """As Mixer has it. Memory: the convolution's last W - 1 inputs, and the state B x H x N x P, float32."""
         own = self.own
-        recent_BWU, state_BHNP = (None, None) if memory is None else memory
+        recent_BVU, state_BHNP = (None, None) if memory is None else memory
         gate_BTO, channels_BTU, steps_BTH = x_BTI.split(self.sizes, -1)
-        channels_BTU, recent_BWU = self.convolution(channels_BTU, starts_BT, recent_BWU)
-        values_BTO, write_BTM, read_BTM = F.silu(channels_BTU).split(self.parts, -1)
+        channels_BTU, recent_BVU = self.convolution(channels_BTU, starts_BT, recent_BVU)
+        values_BTO, write_BTM, read_BTM = channels_BTU.split(self.parts, -1)
         values_BTHP = values_BTO.unflatten(-1, (-1, own.head_width))
         y_BTHP, state_BHNP = scan(
             values_BTHP,
@@ -74,7 +74,7 @@ class Mamba(StateMixer):
         )
         y_BTHP = y_BTHP + skip_with(self.skip, self.port_skip, advice_PR)[:, None] * values_BTHP
         y_BTO = gated_norm(y_BTHP.flatten(2), gate_BTO, self.norm_weight, own.groups, self.epsilon)
-        return y_BTO, (recent_BWU, state_BHNP)
+        return y_BTO, (recent_BVU, state_BHNP)
 
 
 def _initial_steps(heads: int) -> Tensor:

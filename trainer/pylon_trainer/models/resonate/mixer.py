@@ -4,7 +4,7 @@ All that lies between the two projections is `run`, which needs the first projec
 training holds that output and run's own, and computes what lies between again on the way back (models/recompute.py).
 
 Shapes: B sequences, T tokens, D hidden width, I width of the first projection, O inner width, U channels of the
-convolution, W tokens that it sees, G groups of channels.
+convolution, W tokens that it sees, V = W - 1, G groups of channels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pylon_trainer.kernels.convolution import convolve
 from pylon_trainer.models.context import Context, Mixer
 from pylon_trainer.models.decoder import plain_linear
 from pylon_trainer.models.ports import Port
@@ -42,7 +43,7 @@ class StateMixer(Mixer):
 
 
 class ShortConvolution(nn.Module):
-    """Each channel's weighted sum over a token and the W - 1 before it in its document."""
+    """SiLU of each channel's weighted sum over a token and the W - 1 before it in its document."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -51,20 +52,10 @@ class ShortConvolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
     def forward(
-        self, x_BTU: Tensor, starts_BT: Tensor | None = None, recent_BWU: Tensor | None = None
+        self, x_BTU: Tensor, starts_BT: Tensor | None = None, recent_BVU: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sums, in x's type, and the last W - 1 inputs; recent_BWU: those of the tokens before, None is zero."""
-        tokens, before = x_BTU.shape[1], self.weight.shape[1] - 1
-        # Shifted sums instead of conv1d: one pass over memory when compiled, and a document's start is but a mask.
-        padded = F.pad(x_BTU, (0, 0, before, 0)) if recent_BWU is None else torch.cat((recent_BWU, x_BTU), 1)
-        sums_BTU = self.bias + self.weight[:, before] * x_BTU
-        for lag in range(1, before + 1):
-            shifted_BTU = padded[:, before - lag : before - lag + tokens]
-            if starts_BT is not None:
-                is_own_BT = torch.arange(tokens, device=x_BTU.device) - lag >= starts_BT
-                shifted_BTU = torch.where(is_own_BT.unsqueeze(-1), shifted_BTU, 0.0)
-            sums_BTU = sums_BTU + self.weight[:, before - lag] * shifted_BTU
-        return sums_BTU.to(x_BTU.dtype), padded[:, tokens:]
+        """In x's type, and the last W - 1 inputs; recent_BVU: those of the tokens before, None is zero."""
+        return convolve(x_BTU, self.weight, self.bias, starts_BT=starts_BT, recent_BVU=recent_BVU)
 
 
 def gated_norm(y_BTO: Tensor, gate_BTO: Tensor, weight_O: Tensor, groups: int, epsilon: float) -> Tensor:
