@@ -42,7 +42,7 @@ BUDGETS = ("tokens", "seconds", SHARE)
 SCHEDULE = ScheduleSpec(steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 10)
 RATE_SEED = 1000
 RATE_SHARE = 0.25
-RECALL_RATES = (1e-3, 4e-3)
+RECALL_RATES = (1e-3, 2e-3)
 T = TypeVar("T")
 REAL = Scale({}, sequences=64, tokens=512)
 TOY = Scale({}, sequences=8, tokens=128)
