@@ -62,11 +62,13 @@ def least_speed_to(rival: str) -> Measure:
     return measure
 
 
-def most_activations_to(rival: str) -> Measure:
-    """Peak activations as a share of the rival's, at the length where it is most."""
+def most_activations_to(rival: str, own_recompute: str = "Mixers", rival_recompute: str = "Mixers") -> Measure:
+    """Peak activations as a share of the rival's, at the length where it is most. Each by its `training.recompute`."""
+    kept = {("resonate", own_recompute), (rival, rival_recompute)}
 
     def measure(rows: Rows) -> Figure | None:
-        found = [_ratio(rows, "resonate", rival, tokens, "activation_gib", min) for tokens in _lengths(rows)]
+        alike = [row for row in rows if (row["architecture"], row["recompute"]) in kept]
+        found = [_ratio(alike, "resonate", rival, tokens, "activation_gib", min) for tokens in _lengths(alike)]
         return max((figure for figure in found if figure), key=lambda figure: figure.value, default=None)
 
     return measure

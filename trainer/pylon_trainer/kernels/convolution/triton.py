@@ -40,8 +40,9 @@ class Tiling:
     warps: int
 
 
-FORWARD = Tiling(tokens=64, rows=8, channels=256, warps=4)
-BACKWARD = Tiling(tokens=128, rows=8, channels=256, warps=4)
+FORWARD = Tiling(tokens=64, rows=16, channels=256, warps=4)
+BACKWARD = Tiling(tokens=128, rows=4, channels=256, warps=2)
+"""The fastest of eight each on an H200, by a few per cent."""
 
 
 @triton.jit
