@@ -2,14 +2,14 @@
 
     python benchmarks/gate_quality.py --prepare                   # once: the corpus, minutes on a CPU
     python benchmarks/consensus.py [--ranks 2]                    # trains; adds to the results that are there
-    python benchmarks/consensus.py --recipes Dct Int4,localSteps=32,outerMomentum=0.5 --seeds 0 1
+    python benchmarks/consensus.py --recipes Dct Sign,localSteps=8,optimizer=Muon --seeds 0 1
     python benchmarks/consensus.py --scale small                  # gloo on CPUs, minutes
 
 A recipe is a codec with fields of `training.consensus`, and of these: `rate`, its learning rate as a share of the
 others', `beta1` and `beta2`, its optimizer's. With `beta1=0,beta2=0` AdamW moves by the sign of what got through, as
 DeMo does. Every run of a seed starts from the same weights, sees the same tokens in the same steps and has the same
 schedule, with a lower peak (--late-rate) for codecs whose sums are gathered over many steps. `exact_loss` is the lowest
-of the seed's exact runs, whatever their rates, those of earlier calls included.
+of the exact runs of the same seed and optimizer, whatever their rates, those of earlier calls included.
 
 Bytes are all that a rank of the trainer moves in a step: gradients or weights, whether they are finite, tokens and
 stops, hashes. `counted_by_transport` is their sum over a run as handed to torch.distributed, `counted_bytes` the
@@ -40,12 +40,13 @@ from pylon_api.training import Compile, ConsensusCodec
 from pylon_trainer.consensus.compressed import CALIBRATION_STEPS
 
 CORPUS = Path(__file__).parents[1] / ".cache" / "python_corpus.npz"
-PAIRED = ("ranks", "device", "parameters", "steps", "tokens", "seed")
+PAIRED = ("optimizer", "ranks", "device", "parameters", "steps", "tokens", "seed")
 """What runs that are compared have in common."""
 KEY = ("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate", "channels", *PAIRED)
 """What tells runs apart."""
 DEFAULT_RECIPES = (
     "Exact",
+    "Sign,localSteps=8",
     "Int4,localSteps=32",
     "Int4,localSteps=16",
     "Int8,localSteps=32",

@@ -37,7 +37,7 @@ from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.step import Batch, TrainingStep
 
-_UNSIZED = (ConsensusCodec.EXACT, ConsensusCodec.INT8, ConsensusCodec.INT4)
+_UNSIZED = (ConsensusCodec.EXACT, ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.SIGN)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,12 @@ class Recipe:
 def read_recipe(text: str) -> Recipe:
     """`Codec,field=value,...`. ValueError for what no spec knows."""
     codec, *assigned = text.split(",")
-    fields = {name: float(value) for name, value in (field.split("=") for field in assigned)}
-    rate, moments = fields.pop("rate", 1.0), {name: fields.pop(name) for name in ("beta1", "beta2") if name in fields}
-    return Recipe(ConsensusSpec.model_validate({"codec": codec, **fields}), OptimizerSpec.model_validate(moments), rate)
+    fields: dict[str, Any] = {name: value for name, _, value in (field.partition("=") for field in assigned)}
+    optimizer = {"name": fields.pop("optimizer", "AdamW")}
+    optimizer |= {name: float(fields.pop(name)) for name in ("beta1", "beta2") if name in fields}
+    rate = float(fields.pop("rate", 1))
+    consensus = {"codec": codec} | {name: float(value) for name, value in fields.items()}
+    return Recipe(ConsensusSpec.model_validate(consensus), OptimizerSpec.model_validate(optimizer), rate)
 
 
 class Laboratory:
@@ -145,6 +148,7 @@ class Laboratory:
             "local_steps": consensus.local_steps,
             "outer_rate": consensus.outer_rate if consensus.local_steps > 1 else None,
             "outer_momentum": consensus.outer_momentum if consensus.local_steps > 1 else None,
+            "optimizer": str(recipe.optimizer.name),
             "beta2": recipe.optimizer.beta2,
             "ranks": world.size,
             "device": self._device.type,

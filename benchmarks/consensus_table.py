@@ -46,7 +46,7 @@ def build_tables(rows: Sequence[Row], projected: Sequence[Row]) -> str:
 
 
 def _runs_table(rows: Sequence[Row]) -> str:
-    names = ("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate")
+    names = ("codec", "local_steps", "outer_rate", "outer_momentum", "optimizer", "beta2", "learning_rate")
     lines = []
     for key, own in _grouped(rows, names).items():
         settings = dict(zip(names, key, strict=True))
@@ -86,6 +86,10 @@ def _describe(settings: Row) -> str:
     text: str = settings["codec"]
     if settings["local_steps"] > 1:
         text += f", {settings['local_steps']} local, outer {settings['outer_rate']:g} / {settings['outer_momentum']:g}"
+    if settings["optimizer"] != "AdamW":
+        text += f", {settings['optimizer']}"
+    if settings["beta2"]:
+        text += f", beta2 {settings['beta2']:g}"
     return text + (", by sign" if settings["beta2"] == 0 else "")
 
 

@@ -20,7 +20,7 @@ BELOW = 100
 LEAST_PARAMETERS = 50_000_000
 """Of a model whose bytes count."""
 RECIPE = (
-    *("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate"),
+    *("codec", "local_steps", "outer_rate", "outer_momentum", "optimizer", "beta2", "learning_rate"),
     *("ranks", "device", "parameters", "steps", "tokens"),
 )
 

@@ -733,6 +733,7 @@ class ConsensusCodec(enum.StrEnum):
     EXACT = "Exact"
     INT8 = "Int8"
     INT4 = "Int4"
+    SIGN = "Sign"
     SKETCH = "Sketch"
     SPARSE_ROWS = "SparseRows"
     DCT = "Dct"
@@ -750,22 +751,23 @@ class ConsensusSpec(Spec):
     """
 
     codec: ConsensusCodec = ConsensusCodec.EXACT
-    """Exact: the plain sum, in float32. Int8, Int4: integers with a scale per block. Dct: the largest coefficients of a
-    chunked cosine transform, a byte each. Sketch: a count-sketch with momentum and error feedback inside. SparseRows:
-    the largest rows of embeddings, heads and codebooks, and Dct for all other matrices. Auto: whatever of these loses
-    least within bytesPerStep (sketches left out), by group of tensors, measured on the first steps."""
+    """Exact: the plain sum, in float32. Int8, Int4: integers with a scale per block. Sign: a bit for each value and a
+    mean per block. Dct: the largest coefficients of a chunked cosine transform, a byte each. Sketch: a count-sketch
+    with momentum and error feedback inside. SparseRows: the largest rows of embeddings, heads and codebooks, and Dct
+    for all other matrices. Auto: whatever of these loses least within bytesPerStep (Sign and sketches left out), by
+    group of tensors, measured on the first steps."""
     bytes_per_step: int | None = Field(default=None, ge=1, le=2**53)
     """Bytes that a rank may send in a step, all in, and as many that it may receive. Codecs with a size (Auto, Dct,
-    Sketch, SparseRows) are given the largest that fits. Unset: 2,000,000 for those, no limit for Int8 and Int4. Exact
-    knows no limit."""
+    Sketch, SparseRows) are given the largest that fits. Unset: 2,000,000 for those, no limit for Int8, Int4 and Sign.
+    Exact knows no limit."""
     every_steps: int = Field(default=1, ge=1, le=1024)
     """Steps in which every value of matrices gets one turn to be exchanged, a different part in each step; 1 exchanges
-    all in every step. Int8, Int4 and Dct; to fit bytesPerStep, Auto and Dct may take more."""
+    all in every step. Int8, Int4, Sign and Dct; to fit bytesPerStep, Auto and Dct may take more."""
     local_steps: int = Field(default=1, ge=1, le=1024)
     """Optimizer steps that every rank takes alone between two exchanges of a weight. Ranks then exchange how far their
     weights went from those they last agreed on, a different part of the model after each step, so that a step takes
-    about a localSteps-th of the bytes. Auto then takes the most exact codec that fits bytesPerStep. 1: gradients are
-    exchanged instead, before each update. A single rank exchanges nothing either way."""
+    about a localSteps-th of the bytes. Auto then takes the most exact codec that fits bytesPerStep, Sign among them. 1:
+    gradients are exchanged instead, before each update. A single rank exchanges nothing either way."""
     outer_rate: float = Field(default=1.0, gt=0, le=10)
     """localSteps above 1 only: how far the shared weights go towards the mean of all ranks' weights, 1 being all the
     way."""
@@ -773,8 +775,8 @@ class ConsensusSpec(Spec):
     """localSteps above 1 only: Nesterov momentum of the shared weights; 0 switches it off. m makes steps in
     one direction up to 1 / (1 - m) times as long."""
     error_feedback: bool = True
-    """Whether what a codec loses is kept by the rank and goes with the next gradients. Off, for comparison: it is
-    gone."""
+    """Whether what a codec loses is kept by the rank and goes with the next gradients; with localSteps above 1, whether
+    it stays in the rank's own weights. Off, for comparison: it is gone."""
     hash_check_steps: int = Field(default=100, ge=0, le=2**53)
     """Steps between comparisons of all ranks' weights and optimizer state, by hash; 0 switches them off."""
     on_disagreement: Disagreement = Disagreement.HEAL
@@ -788,12 +790,12 @@ class ConsensusSpec(Spec):
                 "bytesPerStep needs a codec other than Exact, which knows no limit",
             ),
             rule(
-                "self.everySteps == 1 || self.codec in ['Auto', 'Int8', 'Int4', 'Dct']",
-                "everySteps needs codec Auto, Int8, Int4 or Dct",
+                "self.everySteps == 1 || self.codec in ['Auto', 'Int8', 'Int4', 'Sign', 'Dct']",
+                "everySteps needs codec Auto, Int8, Int4, Sign or Dct",
             ),
             rule(
                 "self.localSteps == 1 || !(self.codec in ['Sketch', 'SparseRows'])",
-                "localSteps needs codec Auto, Exact, Int8, Int4 or Dct",
+                "localSteps needs codec Auto, Exact, Int8, Int4, Sign or Dct",
             ),
             rule(
                 "self.localSteps == 1 || self.everySteps == 1",
@@ -806,16 +808,16 @@ class ConsensusSpec(Spec):
     def _codec_has_what_it_needs(self) -> Self:
         if self.bytes_per_step is not None and self.codec is ConsensusCodec.EXACT:
             raise ValueError("bytesPerStep needs a codec other than Exact, which knows no limit")
-        turns = (ConsensusCodec.AUTO, ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.DCT)
-        if self.every_steps > 1 and self.codec not in turns:
-            raise ValueError(f"everySteps needs codec Auto, Int8, Int4 or Dct, not {self.codec}")
+        without_turns = (ConsensusCodec.EXACT, ConsensusCodec.SKETCH, ConsensusCodec.SPARSE_ROWS)
+        if self.every_steps > 1 and self.codec in without_turns:
+            raise ValueError(f"everySteps needs codec Auto, Int8, Int4, Sign or Dct, not {self.codec}")
         return self
 
     @model_validator(mode="after")
     def _local_steps_fit(self) -> Self:
         if self.local_steps > 1:
             if self.codec in (ConsensusCodec.SKETCH, ConsensusCodec.SPARSE_ROWS):
-                raise ValueError(f"localSteps needs codec Auto, Exact, Int8, Int4 or Dct, not {self.codec}")
+                raise ValueError(f"localSteps needs codec Auto, Exact, Int8, Int4, Sign or Dct, not {self.codec}")
             if self.every_steps > 1:
                 raise ValueError(
                     f"localSteps {self.local_steps} exchanges a different part of the model after each step already: "

@@ -453,11 +453,12 @@ RULE_CASES = [
         "a budget for all there is", {CONSENSUS: {"bytesPerStep": 1000}}, "bytesPerStep needs a codec other than Exact"
     ),
     Case("integers in turns", {CONSENSUS: {"codec": "Int4", "everySteps": 8}}),
+    Case("signs in turns", {CONSENSUS: {"codec": "Sign", "everySteps": 8}}),
     Case("a sketch in turns", {CONSENSUS: {"codec": "Sketch", "everySteps": 8}}, "everySteps needs codec Auto, Int8"),
     Case(
         "local steps",
         {
-            CONSENSUS: {"codec": "Int4", "localSteps": 32, "outerRate": 1, "outerMomentum": 0},
+            CONSENSUS: {"codec": "Sign", "localSteps": 8, "outerRate": 1, "outerMomentum": 0},
             "spec.training.optimizer.lookahead": REMOVED,
         },
     ),

@@ -13,10 +13,11 @@ from pylon_trainer.consensus.codecs import Codec
 from pylon_trainer.consensus.codecs.dct import GROUPS, SIDE, Dct
 from pylon_trainer.consensus.codecs.exact import BFLOAT16, FLOAT32
 from pylon_trainer.consensus.codecs.integers import Int4, Int8
+from pylon_trainer.consensus.codecs.sign import Sign
 from pylon_trainer.consensus.rows import largest_rows
 from pylon_trainer.consensus.sketch import HASHES, Sketch
 
-CODECS: list[Codec] = [FLOAT32, BFLOAT16, Int8(), Int8(48), Int4(), *map(Dct, GROUPS)]
+CODECS: list[Codec] = [FLOAT32, BFLOAT16, Int8(), Int8(48), Int4(), Sign(), *map(Dct, GROUPS)]
 CPU = torch.device("cpu")
 
 
@@ -67,6 +68,13 @@ def test_integers_are_the_nearest_multiples_of_a_block_s_scale(codec: Codec, lar
 def test_dense_codecs_lose_little_of_normal_values(codec: Codec, at_most: float) -> None:
     values_N = torch.randn(40_001, generator=torch.Generator().manual_seed(0))
     assert error(values_N, round_trip(codec, values_N)) < at_most
+
+
+def test_signs_come_with_the_mean_size_of_their_block() -> None:
+    codec = Sign()
+    values_BV = values_of(5, codec)
+    mean_B1 = values_BV.abs().mean(1, keepdim=True).bfloat16().float()
+    assert torch.equal(codec.decode(codec.encode(values_BV)), torch.copysign(mean_B1, values_BV))
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -32,6 +32,7 @@ EVERY_CODEC: list[dict[str, Any]] = [
     {"codec": "Int8"},
     {"codec": "Int4"},
     {"codec": "Int4", "every_steps": 3},
+    {"codec": "Sign"},
     {"codec": "Dct"},
     {"codec": "Sketch"},
     {"codec": "SparseRows", "bytes_per_step": 9000},
@@ -135,11 +136,12 @@ def test_gradients_in_bfloat16_keep_their_type_and_are_summed_in_float32(tmp_pat
     ("fields", "rows", "with_feedback", "without"),
     [
         ({"codec": "Int4"}, 64, 0.02, 0.08),
+        ({"codec": "Sign"}, 64, 0.05, 0.2),
         ({"codec": "Dct"}, 64, 0.05, 0.5),
         ({"codec": "Sketch", "bytes_per_step": 12_000}, 2, 0.05, 0.0),  # its state is its feedback; for heavy values
         ({"codec": "SparseRows", "bytes_per_step": 5_400}, 64, 0.02, 0.2),
     ],
-    ids=["Int4", "Dct", "Sketch", "SparseRows"],
+    ids=["Int4", "Sign", "Dct", "Sketch", "SparseRows"],
 )
 def test_error_feedback_reaches_the_optimum_of_a_quadratic(
     tmp_path: Path, fields: dict[str, Any], rows: int, with_feedback: float, without: float

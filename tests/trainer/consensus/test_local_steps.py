@@ -26,6 +26,7 @@ EVERY_CODEC: list[dict[str, Any]] = [
     {"codec": "Exact"},
     {"codec": "Int8"},
     {"codec": "Int4"},
+    {"codec": "Sign"},
     {"codec": "Dct", "outer_rate": 1.0, "outer_momentum": 0.0},
     {"codec": "Auto", "bytes_per_step": 6000},
 ]
@@ -134,24 +135,44 @@ def test_the_shared_weights_follow_the_mean_as_torch_does_with_nesterov_momentum
     run_ranks(take_part, tmp_path, 2)
 
 
-@pytest.mark.parametrize("codec", ["Int4", "Dct"])
-def test_what_a_codec_loses_arrives_later(tmp_path: Path, codec: str) -> None:
-    """Ranks that stand still are caught up with, however coarse the codec."""
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("codec", ["Int4", "Sign", "Dct"])
+def test_what_a_codec_loses_arrives_later(tmp_path: Path, codec: str, size: int) -> None:
+    """Ranks that stand still meet at their mean, however coarse the codec."""
 
     def take_part(world: World) -> None:
-        begun, errors = weights(), {}
+        errors = {}
         for keeps in (True, False):
-            parameters = {name: tensor.clone() for name, tensor in begun.items()}
-            exchange = exchange_of(
-                world, parameters, codec=codec, error_feedback=keeps, outer_rate=1.0, outer_momentum=0.0
-            )
-            for name, parameter in parameters.items():
-                parameter.copy_(begun[name] * 2)
-            for _ in range(8 * LOCAL_STEPS):
+            parameters = weights()
+            exchange = exchange_of(world, parameters, codec=codec, error_feedback=keeps)
+            mean = {name: tensor * (1 + (world.size - 1) / 2) for name, tensor in parameters.items()}
+            for parameter in parameters.values():
+                parameter *= 1 + world.rank
+            for _ in range(16 * LOCAL_STEPS):
                 exchange.after_update(is_last=False)
-            gone = torch.cat([(exchange.replicas[name] - 2 * begun[name]).flatten() for name in SHAPES])
+            gone = torch.cat([(exchange.replicas[name] - mean[name]).flatten() for name in SHAPES])
             errors[keeps] = float(gone.norm())
-        assert errors[True] < errors[False]
+        assert errors[True] < errors[False] / 2
+
+    run_ranks(take_part, tmp_path, size)
+
+
+@pytest.mark.parametrize("codec", ["Int4", "Sign", "Dct"])
+def test_what_a_codec_loses_stays_in_the_rank_s_own_weights(tmp_path: Path, codec: str) -> None:
+    """The mean of the ranks' own weights is what it would be if nothing were encoded."""
+
+    def take_part(world: World) -> None:
+        parameters = weights()
+        exchange = exchange_of(world, parameters, codec=codec)
+        train(world, exchange, parameters, range(10), never)
+        expected = weights()
+        for step in range(10):
+            for rank in range(world.size):
+                draw = torch.Generator().manual_seed(1000 * rank + step)
+                for tensor in expected.values():
+                    tensor -= 0.01 * torch.randn(tensor.shape, generator=draw) / world.size
+        for name, tensor in parameters.items():
+            torch.testing.assert_close(world.sum(tensor.clone()) / world.size, expected[name], rtol=0, atol=1e-5)
 
     run_ranks(take_part, tmp_path, 2)
 
@@ -195,18 +216,33 @@ def test_a_restart_goes_on_bit_for_bit(tmp_path: Path, fields: dict[str, Any]) -
     run_ranks(take_part, tmp_path, 2)
 
 
-def test_on_another_number_of_ranks_what_was_kept_has_the_same_weight() -> None:
-    states = [
-        {
-            "local_steps": 4,
-            "turn": 9,
-            "parts": {"matrices": {"momentum": torch.ones(3), "kept": torch.full((3,), kept)}},
-        }
-        for kept in (1.0, 2.0, 6.0)
-    ]
-    part = divide_up(states, 2)["parts"]["matrices"]
-    assert part["kept"].tolist() == [4.5] * 3
-    assert part["momentum"].tolist() == [1.0] * 3
+def test_another_number_of_ranks_goes_on_from_the_shared_weights(tmp_path: Path) -> None:
+    """What one of three ranks owed of its part concerns other values than one of four ranks' part."""
+    saved = tmp_path / "saved"
+    saved.mkdir()
+
+    def save(world: World) -> None:
+        parameters = weights()
+        exchange = exchange_of(world, parameters, codec="Sign", outer_momentum=0.5)
+        train(world, exchange, parameters, range(9), never)
+        torch.save((exchange.state_dict(), dict(exchange.replicas)), saved / f"{world.rank}.pt")
+
+    def load(world: World) -> None:
+        states, shared = zip(*(torch.load(saved / f"{rank}.pt") for rank in range(3)), strict=True)
+        parameters = weights()
+        exchange = exchange_of(world, parameters, codec="Sign", outer_momentum=0.5)
+        for name in SHAPES:
+            exchange.replicas[name].copy_(shared[0][name])
+        exchange.load_state_dict(divide_up(states, world.size))
+        assert all(torch.equal(parameters[name], shared[0][name]) for name in SHAPES)
+        assert all(torch.equal(tensor, shared[0][name]) for name, tensor in exchange.replicas.items())
+        for step in range(9, 14):
+            train(world, exchange, parameters, range(step, step + 1), never)
+            assert is_alike(world, exchange.replicas)
+
+    for ranks, take_part in ((3, save), (4, load)):
+        (tmp_path / str(ranks)).mkdir()
+        run_ranks(take_part, tmp_path / str(ranks), ranks)
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_least_possible(tmp_path: Path) -> None:

@@ -86,14 +86,14 @@ class BlockChannel:
         total_BEV = cut(total_N, self._codec.block_values * self._every).view(self._blocks, self._every, -1)
         turn = self._turn % self._every
         self._turn += 1
-        part_BV, lost_BV = sum_encoded(self._world, self._codec, total_BEV[:, turn].contiguous())
+        summed = sum_encoded(self._world, self._codec, total_BEV[:, turn].contiguous())
         if self.kept_N is not None:
-            total_BEV[:, turn] = lost_BV
+            total_BEV[:, turn] = summed.all_lost_BV
             self.kept_N = torch.where(is_skipped, self.kept_N, total_BEV.view(-1)[: self._values])
         if self._every == 1:
-            return part_BV.view(-1)[: self._values]
+            return summed.sum_BV.view(-1)[: self._values]
         sum_BEV = torch.zeros_like(total_BEV)
-        sum_BEV[:, turn] = part_BV
+        sum_BEV[:, turn] = summed.sum_BV
         return sum_BEV.view(-1)[: self._values]
 
     def state_dict(self) -> dict[str, Any]:

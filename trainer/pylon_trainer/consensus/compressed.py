@@ -27,7 +27,7 @@ CALIBRATION_STEPS = 4
 DEFAULT_BYTES_PER_STEP = 2_000_000
 CONTROL_BYTES = 4096
 """Of the budget, for what ranks say beside gradients: whether they are finite, tokens, stops, sums for the log."""
-_UNLIMITED = (ConsensusCodec.INT8, ConsensusCodec.INT4)
+_UNLIMITED = (ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.SIGN)
 
 
 class CompressedExchange:

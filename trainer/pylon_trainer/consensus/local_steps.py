@@ -4,10 +4,12 @@ All ranks hold the same shared weights. After `localSteps` steps of its own a ra
 them; the shared weights follow the mean of all ranks with Nesterov momentum, and every rank goes on from there: DiLoCo
 (Douillard et al. 2023, arXiv 2311.08105). The model is cut into as many fragments as there are local steps and one of
 them is exchanged after each step, so that all steps take the same few bytes: Streaming DiLoCo (Douillard et al. 2025,
-arXiv 2501.18512), here without overlap. What a codec loses goes with the fragment's next turn (error feedback).
+arXiv 2501.18512), here without overlap. What a codec loses stays in the rank's own weights, which therefore miss
+nothing that the rank has learnt, and is part of what it sends next time, as in gossip with compressed differences
+(Koloskova et al. 2019, arXiv 1902.00340): a coarse codec then delays only what others learn of it.
 
-Shared weights and their momentum are alike on all ranks, bit for bit, at all times. A rank's own weights are so for one
-fragment at a time, when its turn ends, and for the whole model when training ends.
+Shared weights and their momentum are alike on all ranks, bit for bit, at all times. A rank's own weights are so when
+training ends, and with codec Exact for one fragment at a time, when its turn ends.
 
 Shapes: N values of a part, L values of a fragment of it, B blocks, V values of a block.
 """
@@ -21,12 +23,12 @@ import torch
 from torch import Tensor
 
 from pylon_api.training import ConsensusCodec, ConsensusSpec
-from pylon_trainer.consensus import KEPT
 from pylon_trainer.consensus.channel import cut
 from pylon_trainer.consensus.codecs import Codec
 from pylon_trainer.consensus.codecs.dct import GROUPS, Dct
 from pylon_trainer.consensus.codecs.exact import BFLOAT16, FLOAT32
 from pylon_trainer.consensus.codecs.integers import Int4, Int8
+from pylon_trainer.consensus.codecs.sign import Sign
 from pylon_trainer.consensus.compressed import CONTROL_BYTES, DEFAULT_BYTES_PER_STEP
 from pylon_trainer.consensus.reduction import sum_encoded, summed_bytes
 from pylon_trainer.errors import SharedConfigError
@@ -37,8 +39,9 @@ _LADDERS: Mapping[ConsensusCodec, Sequence[Codec]] = {
     ConsensusCodec.EXACT: (FLOAT32,),
     ConsensusCodec.INT8: (Int8(),),
     ConsensusCodec.INT4: (Int4(),),
+    ConsensusCodec.SIGN: (Sign(),),
     ConsensusCodec.DCT: _DCT,
-    ConsensusCodec.AUTO: (FLOAT32, BFLOAT16, Int8(), Int4(), *_DCT),
+    ConsensusCodec.AUTO: (FLOAT32, BFLOAT16, Int8(), Int4(), Sign(), *_DCT),
 }
 """Codecs of matrices, the most exact first. Vectors are few and go as float32."""
 
@@ -102,20 +105,25 @@ class LocalSteps:
     def state_dict(self) -> dict[str, Any]:
         """See Exchange. The shared weights and this rank's own are tensors of the run."""
         parts = {name: part.state_dict() for name, part in self._parts.items()}
-        return {"local_steps": self._spec.local_steps, "turn": self._turn, "parts": parts}
+        return {
+            "local_steps": self._spec.local_steps,
+            "ranks": self._world.size,
+            "turn": self._turn,
+            "parts": parts,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See Exchange. All go on from the shared weights; whoever has their own again writes them afterwards.
 
-        Of another number of local steps nothing is taken over.
+        Of another number of local steps nothing is taken over, of another number of ranks nothing that was owed.
         """
         self._share_out()
         if state.get("local_steps") != self._spec.local_steps or state["parts"].keys() != self._parts.keys():
             return
         self._turn = state["turn"]
         for name, part in self._parts.items():
-            part.load_state_dict(state["parts"][name])
+            part.load_state_dict(state["parts"][name], divides_alike=state.get("ranks") == self._world.size)
 
     def _share_out(self) -> None:
         """Make the shared weights this rank's own."""
@@ -132,8 +140,9 @@ class _Part:
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.shared_N = torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
         self.momentum_N = torch.zeros_like(self.shared_N)
-        keeps = spec.error_feedback and codec is not FLOAT32
-        self._kept_N = torch.zeros_like(self.shared_N) if keeps else None
+        self._keeps = spec.error_feedback and codec is not FLOAT32
+        self._owed_N = torch.zeros_like(self.shared_N) if self._keeps and world.size > 2 else None
+        """What the sums of this rank's parts lost."""
         self._length = _fragment_values(codec, len(self.shared_N), spec.local_steps)
         self._own = [_pieces(tensors, self._slice(turn)) for turn in range(spec.local_steps)]
 
@@ -148,26 +157,28 @@ class _Part:
         if not own:
             return  # more local steps than blocks
         shared_L, momentum_L = self.shared_N[here], self.momentum_N[here]
-        sent_L = (shared_L - torch.cat(own)) / self._world.size
-        if self._kept_N is not None:
-            sent_L += self._kept_N[here]
-        sum_BV, lost_BV = sum_encoded(self._world, self.codec, cut(sent_L, self.codec.block_values))
-        mean_L = sum_BV.view(-1)[: len(sent_L)]
-        if self._kept_N is not None:
-            self._kept_N[here] = lost_BV.view(-1)[: len(sent_L)]
+        gone_BV = cut((shared_L - torch.cat(own)) / self._world.size, self.codec.block_values)
+        owed_BV = None if self._owed_N is None else cut(self._owed_N[here], self.codec.block_values)
+        summed = sum_encoded(self._world, self.codec, gone_BV, owed_BV)
+        mean_L = summed.sum_BV.view(-1)[: len(shared_L)]
         momentum_L.mul_(self._spec.outer_momentum).add_(mean_L)
         shared_L.sub_(mean_L + self._spec.outer_momentum * momentum_L, alpha=self._spec.outer_rate)
-        torch._foreach_copy_(own, shared_L.split([len(piece) for piece in own]))
+        own_L = shared_L
+        if self._keeps:
+            own_L = shared_L - self._world.size * summed.lost_BV.view(-1)[: len(shared_L)]
+        if self._owed_N is not None and summed.lost_again_BV is not None:
+            self._owed_N[here] = summed.lost_again_BV.view(-1)[: len(shared_L)]
+        torch._foreach_copy_(own, own_L.split([len(piece) for piece in own]))
 
     def state_dict(self) -> dict[str, Any]:
         """What it needs beside the shared weights. Not copies."""
-        return {"momentum": self.momentum_N} | ({} if self._kept_N is None else {KEPT: self._kept_N})
+        return {"momentum": self.momentum_N} | ({} if self._owed_N is None else {"owed": self._owed_N})
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what state_dict gave."""
+    def load_state_dict(self, state: Mapping[str, Any], *, divides_alike: bool) -> None:
+        """Go on from what state_dict gave. divides_alike: whether this rank's parts are those that it had."""
         self.momentum_N.copy_(state["momentum"])
-        if self._kept_N is not None and KEPT in state:
-            self._kept_N.copy_(state[KEPT])
+        if self._owed_N is not None and divides_alike and "owed" in state:
+            self._owed_N.copy_(state["owed"])
 
     def _slice(self, turn: int) -> slice:
         """Where a turn's fragment lies."""

@@ -17,6 +17,7 @@ from pylon_trainer.consensus.codecs import Codec
 from pylon_trainer.consensus.codecs.dct import GROUPS, Dct
 from pylon_trainer.consensus.codecs.exact import BFLOAT16, FLOAT32
 from pylon_trainer.consensus.codecs.integers import Int4, Int8
+from pylon_trainer.consensus.codecs.sign import Sign
 from pylon_trainer.consensus.groups import Group, Kind
 from pylon_trainer.consensus.rows import RowChannel, largest_rows
 from pylon_trainer.consensus.sketch import Sketch, SketchChannel
@@ -69,6 +70,8 @@ class Catalogue:
                 return [*self._integers(group, Int8())]
             case ConsensusCodec.INT4:
                 return [*self._integers(group, Int4())]
+            case ConsensusCodec.SIGN:
+                return [*self._integers(group, Sign())]
             case ConsensusCodec.DCT:
                 return [*self._dct(group)]
             case ConsensusCodec.SKETCH:

@@ -45,8 +45,8 @@ class RowChannel:
         union_U = union_U[union_U < self._rows].long()
         sum_RW = torch.zeros_like(total_RW)
         if len(union_U):
-            sum_RW[union_U], lost_UW = sum_encoded(self._world, self._codec, total_RW[union_U])
-            total_RW[union_U] = lost_UW
+            summed = sum_encoded(self._world, self._codec, total_RW[union_U])
+            sum_RW[union_U], total_RW[union_U] = summed.sum_BV, summed.all_lost_BV
         if self.kept_N is not None:
             self.kept_N = torch.where(is_skipped, self.kept_N, total_RW.view(-1))
         return sum_RW.view(-1)

@@ -101,7 +101,7 @@ class SketchChannel:
     def exchange(self, gradient_N: Tensor, is_skipped: Tensor) -> Tensor:
         """See Channel. Values that were not recovered have sum 0."""
         own_HW = self._sketch.encode(gradient_N)
-        sum_HW = sum_encoded(self._world, BFLOAT16, own_HW.view(-1, 1))[0].view_as(own_HW)
+        sum_HW = sum_encoded(self._world, BFLOAT16, own_HW.view(-1, 1)).sum_BV.view_as(own_HW)
         momentum_HW = MOMENTUM * self._momentum_HW + (1 - MOMENTUM) * sum_HW
         error_HW = self._error_HW + momentum_HW
         update_N = self._sketch.recover(error_HW)
