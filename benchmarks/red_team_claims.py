@@ -200,12 +200,18 @@ def recipes(rows: Rows) -> list[dict[str, str]]:
             "bytes a step": f"{_mean(runs, 'bytes_per_step_mean'):,.0f}",
             "at most": f"{max(row['bytes_per_step_peak'] for row in runs):,.0f}",
             "below bf16": f"{_mean(runs, 'below_bf16_ddp'):.1f}x",
-            "above exact": f"{_mean(runs, 'above_exact'):+.2%}",
+            "above exact": _above_exact(runs),
             "of step time": f"{_mean(runs, 'communication_fraction'):.1%}",
             "seeds": str(len({row["seed"] for row in runs})),
         }
         for runs in ordered
     ]
+
+
+def _above_exact(runs: Sequence[Row]) -> str:
+    """Over those that an exact run can be held against."""
+    held = [row for row in runs if row["above_exact"] is not None]
+    return f"{_mean(held, 'above_exact'):+.2%}" if held else ""
 
 
 def _mean(runs: Sequence[Row], field: str) -> float:

@@ -135,8 +135,10 @@ def of_best_recipe(field: str) -> Measure:
 
 
 def best_recipe(rows: Rows) -> list[Row] | None:
-    """Its runs; where none keeps to the budget, those of the one with the fewest bytes. None: nothing of that size."""
-    counted = [row for row in on_accelerator(rows) if row["parameters"] >= LEAST_PARAMETERS and not row["is_exact"]]
+    """Its runs; where none keeps to the budget, those of the one with the fewest bytes. None: nothing of that size that
+    an exact run can be held against."""
+    large = [row for row in on_accelerator(rows) if row["parameters"] >= LEAST_PARAMETERS]
+    counted = [row for row in large if not row["is_exact"] and row["above_exact"] is not None]
     groups = by_recipe(counted)
     fitting = [
         runs
@@ -157,12 +159,13 @@ def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def recipe_name(row: Row) -> str:
-    """Its codec, and what local steps it takes, if any, with outer rate and momentum."""
-    local_steps = row.get("local_steps") or 1
-    if local_steps == 1:
-        return str(row["codec"])
-    outer = [f"{row[field]:g}" for field in ("outer_rate", "outer_momentum") if row.get(field) is not None]
-    return f"{row['codec']}, localSteps {local_steps}" + (f", outer {' and '.join(outer)}" if outer else "")
+    """Its codec, what local steps it takes, if any, with outer rate and momentum, and an optimizer other than AdamW."""
+    name, local_steps = str(row["codec"]), row.get("local_steps") or 1
+    if local_steps > 1:
+        outer = [f"{row[field]:g}" for field in ("outer_rate", "outer_momentum") if row.get(field) is not None]
+        name += f", localSteps {local_steps}" + (f", outer {' and '.join(outer)}" if outer else "")
+    optimizer = row.get("optimizer") or "AdamW"
+    return name if optimizer == "AdamW" else f"{name}, {optimizer}"
 
 
 def uncounted_bytes(rows: Rows) -> Figure | None:

@@ -242,7 +242,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--compile", choices=list(Compile), type=Compile, help="default: Default on CUDA, else Disabled"
+        "--compile",
+        choices=list(Compile),
+        type=Compile,
+        help="default: Default on CUDA, else Disabled; recall on CUDA is always Graph",
     )
     parser.add_argument("--small", action="store_true", help="toy models, for CPUs")
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="file with the corpus")

@@ -30,7 +30,7 @@ def recalled(name: str, recall: float, budget: str = "8 pairs") -> dict[str, Any
     return quality(name, 1.0, budget=budget) | {"task": "recall", "recall": recall}
 
 
-def exchange(codec: str, bytes_per_step: float, above_exact: float, **fields: Any) -> dict[str, Any]:
+def exchange(codec: str, bytes_per_step: float, above_exact: float | None, **fields: Any) -> dict[str, Any]:
     row = {"codec": codec, "ranks": 2, "device": "cuda", "parameters": 64_000_000, "is_exact": codec == "Exact"}
     row |= {"bytes_per_step_mean": bytes_per_step, "bytes_per_step_peak": bytes_per_step * 2, "seed": 0}
     row |= {"below_bf16_ddp": 128e6 / bytes_per_step, "above_exact": above_exact, "communication_fraction": 0.005}
@@ -138,6 +138,11 @@ def test_quality(claim: str, verdict: str, measured: str, rows: list[dict[str, A
             ("met", "0.20% (Int4, localSteps 32, seeds: 1)"),
         ),
         (
+            [exchange("Sign", 1e6, None, optimizer="Muon"), exchange("Sign", 1e6, 0.002, optimizer="Lion")],
+            ("met", "1,000,000 (Sign, Lion, seeds: 1)"),
+            ("met", "0.20% (Sign, Lion, seeds: 1)"),
+        ),
+        (
             [exchange("Int8", 64e6, 0.0), exchange("Int4", 32e6, 0.0)],
             ("missed", "32,000,000 (Int4, seeds: 1)"),
             ("met", "0.00% (Int4, seeds: 1)"),
@@ -156,10 +161,12 @@ def test_exchanges_are_listed_by_recipe_over_their_seeds() -> None:
         exchange("Int4", 1e6, above, local_steps=8, outer_rate=rate, seed=seed)
         for rate, seed, above in ((0.7, 0, 0.1), (0.7, 1, 0.2), (1.0, 0, 0.3))
     ]
-    lines = red_team_claims.recipes([*runs, exchange("Exact", 128e6, 0.0)])
+    alone = [exchange("Sign", 2e6, None, optimizer="Muon", seed=seed) for seed in (0, 1)]
+    lines = red_team_claims.recipes([*runs, *alone, exchange("Exact", 128e6, 0.0)])
     assert [(line["exchange"], line["above exact"], line["seeds"]) for line in lines] == [
         ("Int4, localSteps 8, outer 0.7", "+15.00%", "2"),
         ("Int4, localSteps 8, outer 1", "+30.00%", "1"),
+        ("Sign, Muon", "", "2"),
         ("Exact", "+0.00%", "1"),
     ]
 

@@ -233,7 +233,9 @@ def test_another_number_of_ranks_goes_on_from_the_shared_weights(tmp_path: Path)
         exchange = exchange_of(world, parameters, codec="Sign", outer_momentum=0.5)
         for name in SHAPES:
             exchange.replicas[name].copy_(shared[0][name])
+        assert states[0]["parts"]["matrices"]["owed"].any()
         exchange.load_state_dict(divide_up(states, world.size))
+        assert not exchange.state_dict()["parts"]["matrices"]["owed"].any()
         assert all(torch.equal(parameters[name], shared[0][name]) for name in SHAPES)
         assert all(torch.equal(tensor, shared[0][name]) for name, tensor in exchange.replicas.items())
         for step in range(9, 14):

@@ -9,7 +9,7 @@ nothing that the rank has learnt, and is part of what it sends next time, as in 
 (Koloskova et al. 2019, arXiv 1902.00340): a coarse codec then delays only what others learn of it.
 
 Shared weights and their momentum are alike on all ranks, bit for bit, at all times. A rank's own weights are so when
-training ends, and with codec Exact for one fragment at a time, when its turn ends.
+training ends, and where no loss is kept for one fragment at a time, when its turn ends.
 
 Shapes: N values of a part, L values of a fragment of it, B blocks, V values of a block.
 """

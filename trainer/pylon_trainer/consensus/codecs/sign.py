@@ -1,4 +1,4 @@
-"""One bit for each value and a mean for each block, as 1-bit SGD has it (Seide et al. 2014).
+"""One bit for each value and a mean magnitude for each block: scaled signs (Karimireddy et al. 2019, arXiv 1901.09847).
 
 Whatever is below the mean in size becomes too large and whatever is above it too small: a third of normal values'
 energy is lost. The caller must keep that and let it come again.

@@ -122,9 +122,9 @@ def _forward_kernel(
     x_BTU, weight_UW, bias_U, starts_BT, recent_BVU, y_BTU, T, U, stride_b, stride_t,
     UNIT: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    U, stride_b, stride_t = U * UNIT, stride_b * UNIT, stride_t * UNIT
+    U, stride_t = U * UNIT, stride_t * UNIT
     b, first, u_C = _begin(U, TOKENS, C)
-    x_TU, y_TU = x_BTU + b * stride_b, y_BTU + b * T * U
+    x_TU, y_TU = x_BTU + b * stride_b * UNIT, y_BTU + b * T * U
     starts_T = None if starts_BT is None else starts_BT + b * T
     recent_VU = None if recent_BVU is None else recent_BVU + b * (W - 1) * U
     weights, bias_C = _weights(weight_UW, u_C, U, W), tl.load(bias_U + u_C, mask=u_C < U, other=0.0).to(tl.float32)
@@ -146,10 +146,10 @@ def _backward_kernel(
     d_y_BTU, x_BTU, weight_UW, bias_U, starts_BT, recent_BVU, d_x_BTU, d_recent_BVU, sums_PXU, T, U, stride_b, stride_t,
     UNIT: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    U, stride_b, stride_t = U * UNIT, stride_b * UNIT, stride_t * UNIT
+    U, stride_t = U * UNIT, stride_t * UNIT
     b, first, u_C = _begin(U, TOKENS, C)
     last = tl.minimum(first + TOKENS, T)
-    x_TU, d_y_TU, d_x_TU = x_BTU + b * stride_b, d_y_BTU + b * T * U, d_x_BTU + b * T * U
+    x_TU, d_y_TU, d_x_TU = x_BTU + b * stride_b * UNIT, d_y_BTU + b * T * U, d_x_BTU + b * T * U
     d_recent_VU = d_recent_BVU + b * (W - 1) * U
     starts_T = None if starts_BT is None else starts_BT + b * T
     recent_VU = None if recent_BVU is None else recent_BVU + b * (W - 1) * U
