@@ -63,13 +63,19 @@ def checkpoints(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints" / "default" / "demo-12345678"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch  # most tests need it later or not at all
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def waiting_is_an_error() -> AbstractContextManager[None]:
     """To be entered once: in there, whatever makes the host wait for a CUDA device raises."""
     import torch  # most tests need it later or not at all
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
 
     @contextmanager
     def checked() -> Iterator[None]:

@@ -24,10 +24,7 @@ from torch import Tensor
 from pylon_trainer.gating.gradients import accumulate, send_back
 from pylon_trainer.gating.recall import multiply
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 SHAPE = {"hidden_size": 128, "heads": 4, "kv_heads": 2, "intermediate_size": 192, "initializer_std": 0.1, "layers": 4}
 SEQUENCES, LENGTH = 4, 96
 ROWS = {share: list(range(0, SEQUENCES * LENGTH, share)) for share in (1, 2, 4, 7)}

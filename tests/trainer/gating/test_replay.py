@@ -62,8 +62,6 @@ def pass_over(step: TrainingStep, number: int, micro_batches: int) -> Tensor:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_replayed_steps_are_like_others(kind: str, micro_batches: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     replayed, other = (step_of(compile, KINDS[kind]) for compile in (Compile.GRAPH, Compile.DEFAULT))
     for number in range(24):
         seen, expected = (pass_over(step, number, micro_batches) for step in (replayed, other))

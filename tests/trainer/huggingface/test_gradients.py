@@ -226,8 +226,6 @@ def test_a_kernel_that_rotates_in_place_spoils_nothing(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", ["plain", "left padded", "packed"])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_on_a_gpu_all_rows_give_the_models_own_gradients(family: str, kind: str, bfloat16: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     sizes = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64, "head_dim": 16}
     model = model_of(family, initializer_range=0.1, **sizes).cuda()
     batch = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in batch_of(kind).items()}

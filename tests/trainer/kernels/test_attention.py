@@ -161,8 +161,6 @@ def test_rows_of_known_attention_need_no_other(device, name, dense) -> None:
 @pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 128), (9, 3, 64)])
 def test_attention_is_known_whatever_kernel_ran(heads, kv_heads, width, backend, dense, dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     rows = sorted(torch.randperm(3 * 700)[:467].tolist())
     case = Case(rows, sequences=3, tokens=700, heads=heads, kv_heads=kv_heads, width=width)
     assert_known_attention_serves(case, dense, dtype, torch.device("cuda"), backend)
@@ -175,8 +173,6 @@ def test_attention_is_known_whatever_kernel_ran(heads, kv_heads, width, backend,
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 128), (9, 3, 64), (2, 1, 256), (4, 2, 80), (2, 2, 16)])
 def test_kernels_at_full_size(heads, kv_heads, width, starts, dense, dtype) -> None:
     """A third of the rows, none of them in the last sequence; twice, to the same bits."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
     rows = sorted(torch.randperm(2 * 700)[:467].tolist())
     case = Case(rows, starts, sequences=3, tokens=700, heads=heads, kv_heads=kv_heads, width=width)

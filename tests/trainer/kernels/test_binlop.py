@@ -128,8 +128,6 @@ def test_a_gradient_that_is_not_finite_stays_so() -> None:
 @pytest.mark.parametrize("shape", [(4096, 2048), (1000, 1367), (1, 7)])
 def test_kernels_at_full_size(shape, dtype) -> None:
     """Against float64, and twice, to the same bits."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     gate, up, d_y = inputs(shape, dtype, "cuda")
     first, second = (with_gradients(binlop.gated, gate, up, d_y) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -142,8 +140,6 @@ def test_kernels_at_full_size(shape, dtype) -> None:
 
 @pytest.mark.gpu
 def test_compiled_blocks_call_the_kernels_without_a_graph_break() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch._dynamo.reset()
     gate, up, d_y = inputs((64, 96), torch.bfloat16, "cuda")
     compiled = torch.compile(binlop.gated, fullgraph=True)

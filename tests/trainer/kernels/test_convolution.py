@@ -166,8 +166,6 @@ def test_the_last_inputs_carry_gradients(anywhere) -> None:
 )
 def test_kernels_at_full_size(case, dtype) -> None:
     """Against float64, and twice, to the same bits."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
     assert_kernels_agree(operators.convolve, case, dtype, device)
     leaves, starts_BT = case.leaves(dtype, device), case.starts_BT(device)
@@ -177,8 +175,6 @@ def test_kernels_at_full_size(case, dtype) -> None:
 
 @pytest.mark.gpu
 def test_offsets_are_not_limited_to_31_bits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     tokens, channels = 2**17, 17000
     x = torch.zeros(1, tokens, channels, device="cuda", dtype=torch.bfloat16)
     x[0, -2:] = 1
@@ -195,8 +191,6 @@ def test_offsets_are_not_limited_to_31_bits() -> None:
 
 @pytest.mark.gpu
 def test_compiled_blocks_call_the_kernels_without_a_graph_break() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch._dynamo.reset()
     compiled = torch.compile(operators.convolve, fullgraph=True)
     case = Case(2, 70, 96)

@@ -76,8 +76,6 @@ def test_kernel_of_the_logit_gradient_agrees_with_the_reference(device, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(300, 1000, 64), (257, 50257, 576), (70, 300, 33)])
 def test_scores_at_full_size(dtype, rows, vocab, hidden) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     hidden_NH, weight_VH, labels_N = inputs(rows, vocab, hidden, dtype, torch.device("cuda"))
     first, second = head.score(hidden_NH, weight_VH, labels_N), head.score(hidden_NH, weight_VH, labels_N)
     assert_scores_close(first, reference.score(hidden_NH.detach().float(), weight_VH.detach().float(), labels_N))
@@ -86,8 +84,6 @@ def test_scores_at_full_size(dtype, rows, vocab, hidden) -> None:
 
 @pytest.mark.gpu
 def test_scoring_allocates_no_logits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     hidden_NH, weight_VH, labels_N = inputs(4096, 50000, 256, torch.bfloat16, torch.device("cuda"))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -187,8 +183,6 @@ def test_scores_in_chunks_are_those_of_all_rows(anywhere, monkeypatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("known", [False, True], ids=["all at once", "scored before"])
 def test_gradients_allocate_a_chunk_and_no_more(known, monkeypatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     rows, vocab, hidden, chunk = 8192, 50257, 256, 64 * 2**20
     monkeypatch.setattr(gradients, "ROW_CHUNK_BYTES", {"cuda": chunk})
     monkeypatch.setattr(gradients, "COLUMN_CHUNK_BYTES", {"cuda": chunk})
@@ -215,8 +209,6 @@ def test_gradients_allocate_a_chunk_and_no_more(known, monkeypatch) -> None:
 @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(1000, 50257, 256), (700, 32000, 64)])
 def test_loss_and_gradients_at_full_size(rows, vocab, hidden, monkeypatch) -> None:
     """In bfloat16 with several chunks, against float64; the same bits twice."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     monkeypatch.setattr(gradients, "ROW_CHUNK_BYTES", {"cuda": 32 * 2**20})
     hidden_KH, weight_VH, labels_K = inputs(rows, vocab, hidden, torch.bfloat16, torch.device("cuda"))
     weights_K = torch.rand(rows, device="cuda") + 0.5

@@ -174,8 +174,6 @@ def test_compiled_code_calls_the_kernels(device) -> None:
 )
 def test_kernels_at_full_size(heads, groups, width, size, documents, dtype) -> None:
     """Twice, to the same bits; the last chunk is not full."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     device, lengths = torch.device("cuda"), ((300, 3, 397), (256, 444)) if documents else ()
     case = Case(2, 700, heads, groups, width, size, lengths, continues=True, slowness=30.0)
     assert_kernels_agree(case, dtype, device)
@@ -187,8 +185,6 @@ def test_kernels_at_full_size(heads, groups, width, size, documents, dtype) -> N
 @pytest.mark.gpu
 def test_a_compiled_block_is_one_graph() -> None:
     """Forward and backward of a whole block in bfloat16, with what it recomputes, against the same block eagerly."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     spec = ModelSpec.model_validate({"architecture": "Resonate", "hiddenSize": 128, "layers": 1})
     model = build_model(spec, vocab_size=64).to("cuda")
     block, context = model.blocks[0], model.context(torch.zeros(2, 200, dtype=torch.int64, device="cuda"))

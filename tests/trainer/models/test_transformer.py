@@ -164,8 +164,6 @@ def test_spare_rows_of_the_vocabulary_are_allowed() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [64, 200])
 def test_isolated_documents_on_a_gpu_equal_the_cpu(length: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     model = model_of(hidden_size=64, kv_heads=2)
     tokens_BT = tokens_of(2, length)
     documents_BT = torch.stack([torch.arange(length) // 19, torch.arange(length) // 50]).int()

@@ -356,8 +356,6 @@ def test_ranks_double_until_there_are_as_many_as_allowed(step: int, fields: dict
 @pytest.mark.parametrize("adaptation", [KINDS["dense"], KINDS["codebook"]], ids=["dense", "codebook"])
 def test_on_a_gpu_steps_repeat_bit_for_bit(adaptation: dict[str, Any], is_compiled: bool) -> None:
     """With deterministic kernels alone, as runs have it, and close to the CPU."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch._dynamo.reset()
     before = torch.get_deterministic_debug_mode()
     make_deterministic()

@@ -140,8 +140,6 @@ def test_bfloat16_is_close_to_float32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(kernel: ScanKernel, documents: bool, dtype: torch.dtype) -> None:
     """By each kernel, against the recurrence in float32."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     draws = torch.Generator().manual_seed(0)
     values = torch.randn(2, 300, 4, 64, generator=draws)
     steps, poles = 0.1 * torch.rand(2, 300, 4, generator=draws), -8 * torch.rand(4, generator=draws)
