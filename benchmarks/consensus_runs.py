@@ -37,8 +37,6 @@ from pylon_trainer.optim.optimizer import Optimizer, named_gradients
 from pylon_trainer.optim.schedule import learning_rate_ratio
 from pylon_trainer.step import Batch, TrainingStep
 
-_UNSIZED = (ConsensusCodec.EXACT, ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.SIGN)
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -173,7 +171,7 @@ class Laboratory:
 
     def _training(self, recipe: Recipe) -> TrainingSpec:
         scale, consensus = self._scale, recipe.consensus
-        if consensus.bytes_per_step is None and consensus.codec not in _UNSIZED:
+        if consensus.bytes_per_step is None and consensus.codec.fills_budget:
             consensus = consensus.model_copy(update={"bytes_per_step": scale.bytes_per_step})
         return TrainingSpec(
             data=DataSpec(train=["unused"]),

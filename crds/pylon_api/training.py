@@ -738,6 +738,11 @@ class ConsensusCodec(enum.StrEnum):
     SPARSE_ROWS = "SparseRows"
     DCT = "Dct"
 
+    @property
+    def fills_budget(self) -> bool:
+        """Whether it is made as large as a budget allows; others have one size."""
+        return self in (self.AUTO, self.DCT, self.SKETCH, self.SPARSE_ROWS)
+
 
 class Disagreement(enum.StrEnum):
     HEAL = "Heal"

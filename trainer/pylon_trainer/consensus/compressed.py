@@ -27,7 +27,6 @@ CALIBRATION_STEPS = 4
 DEFAULT_BYTES_PER_STEP = 2_000_000
 CONTROL_BYTES = 4096
 """Of the budget, for what ranks say beside gradients: whether they are finite, tokens, stops, sums for the log."""
-_UNLIMITED = (ConsensusCodec.INT8, ConsensusCodec.INT4, ConsensusCodec.SIGN)
 
 
 class CompressedExchange:
@@ -140,7 +139,7 @@ class CompressedExchange:
     def _budget_bytes(self) -> int | None:
         if self._spec.bytes_per_step is not None:
             return self._spec.bytes_per_step
-        return None if self._spec.codec in _UNLIMITED else DEFAULT_BYTES_PER_STEP
+        return DEFAULT_BYTES_PER_STEP if self._spec.codec.fills_budget else None
 
     def state_dict(self) -> dict[str, Any]:
         """See Exchange."""

@@ -198,8 +198,7 @@ def _pieces(tensors: Mapping[str, Tensor], here: slice) -> list[Tensor]:
 
 def _choose_codec(world: World, spec: ConsensusSpec, matrix_values: int, vector_values: int) -> Codec:
     """The first of the ladder that fits the budget."""
-    is_sized = spec.codec in (ConsensusCodec.AUTO, ConsensusCodec.DCT)
-    budget_bytes = spec.bytes_per_step or (DEFAULT_BYTES_PER_STEP if is_sized else None)
+    budget_bytes = spec.bytes_per_step or (DEFAULT_BYTES_PER_STEP if spec.codec.fills_budget else None)
     least_bytes = 0
     for codec in _LADDERS[spec.codec]:
         least_bytes = CONTROL_BYTES + sum(
