@@ -15,8 +15,7 @@ Bytes are all that a rank of the trainer moves in a step: gradients or weights, 
 stops, hashes. `counted_by_transport` is their sum over a run as handed to torch.distributed, `counted_bytes` the
 trainer's own count. `below_bf16_ddp` is how many times fewer the mean is than a ring all-reduce of gradients in
 bfloat16. `communication_fraction` is the time of a step's collectives alone, repeated without anything between them, of
-a step's. Projections to more ranks (consensus_projection.json) are arithmetic, not measurements: alpha for each hop of
-a ring and beta for each byte, both fitted to collectives of this machine or given.
+a step's; consensus_projection.py reckons from it what more ranks would take.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from consensus_link import RecordingWorld, fit_link, project
+from consensus_link import RecordingWorld
 from consensus_runs import SCALES, Laboratory, Scale, read_recipe
 from measure import RESULTS, print_table, read_rows, write_results
 
@@ -69,8 +68,6 @@ class Task:
     compile: Compile
     late_rate: float
     minutes: float | None
-    alpha_us: float | None
-    gigabytes_per_s: float | None
     corpus: Path
     results: Path
 
@@ -93,8 +90,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no run that would end after this long")
     compile = Compile.DEFAULT if torch.cuda.is_available() else Compile.OFF
     parser.add_argument("--compile", choices=[*Compile], default=compile)
-    parser.add_argument("--alpha-us", type=float, help="latency of a hop for the projection; fitted when left out")
-    parser.add_argument("--gigabytes-per-s", type=float, help="bandwidth for the projection; fitted when left out")
     parser.add_argument("--corpus", type=Path, default=CORPUS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -113,8 +108,6 @@ def main() -> None:
         Compile(given.compile),
         given.late_rate,
         given.minutes,
-        given.alpha_us,
-        given.gigabytes_per_s,
         given.corpus,
         given.results,
     )
@@ -144,9 +137,6 @@ def take_part(rank: int, ranks: int, port: int, task: Task) -> None:
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     world = RecordingWorld(rank, ranks, rank, device)
     laboratory = Laboratory(world, task.scale, task.compile, task.late_rate, task.corpus)
-    alpha_s, beta_s = fit_link(world)
-    alpha_s = alpha_s if task.alpha_us is None else task.alpha_us / 1e6
-    beta_s = beta_s if task.gigabytes_per_s is None else 1 / (task.gigabytes_per_s * 1e9)
     rows: list[dict[str, Any]] = []
     last_s = 0.0
     for seed, text in ((seed, text) for seed in task.seeds for text in task.recipes):
@@ -160,7 +150,6 @@ def take_part(rank: int, ranks: int, port: int, task: Task) -> None:
         if rank == 0:
             publish(rows, task.results)
             print(f"{time.monotonic() - begin_s:.0f} s, {text}: {row}", flush=True)
-            project(rows, alpha_s, beta_s, task.results)
     if rank == 0:
         print_table([{k: v for k, v in row.items() if k != "channels"} for row in rows])
     dist.destroy_process_group()

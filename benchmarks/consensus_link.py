@@ -1,4 +1,4 @@
-"""What passes between ranks in the benchmark of exchanges: counted, repeated alone, and extended to more ranks."""
+"""What passes between ranks in the benchmark of exchanges: counted, and repeated alone."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
-from measure import Mark, write_results
+from measure import Mark
 from torch import Tensor
 
 from pylon_trainer.runtime.distributed import World
 
-PROJECTED_RANKS = (8, 64, 1024)
 REPEATS = 20
 
 
@@ -80,47 +76,3 @@ def alone_ms(world: World, calls: Sequence[Callable[[], object]]) -> float:
         end.wait()
         times_ms.append(begin.milliseconds_to(end))
     return statistics.median(times_ms)
-
-
-def fit_link(world: World) -> tuple[float, float]:
-    """Seconds of a hop and of a byte: a line through the times of all-gathers of few and of many bytes."""
-    points = []
-    for size_bytes in (2**10, 2**25 if world.device.type == "cuda" else 2**21):
-        own = torch.zeros(size_bytes, dtype=torch.uint8, device=world.device)
-        points.append((size_bytes * (world.size - 1), alone_ms(world, [partial(world.all_gather, own)]) / 1e3))
-    (few_bytes, few_s), (many_bytes, many_s) = points
-    beta_s = (many_s - few_s) / (many_bytes - few_bytes)
-    return max(0.0, few_s - beta_s * few_bytes) / (world.size - 1), beta_s
-
-
-def project(rows: list[dict[str, Any]], alpha_s: float, beta_s: float, directory: Path) -> None:
-    """What collectives would take on more ranks, by arithmetic: two for each channel, n - 1 hops in each.
-
-    Of the first seed's runs; `of_step_now` is a share of the step measured on the ranks there are.
-    """
-    projected = []
-    for row in (row for row in rows if row["seed"] == rows[0]["seed"]):
-        collectives = 2 * len(row["channels"].split(", "))
-        for ranks in PROJECTED_RANKS:
-            moved_bytes = row["bytes_per_step_mean"] * _share(ranks) / _share(row["ranks"])
-            seconds = collectives * alpha_s * (ranks - 1) + beta_s * moved_bytes
-            projected.append(
-                {
-                    "projection": True,
-                    "codec": row["codec"],
-                    "local_steps": row["local_steps"],
-                    "parameters": row["parameters"],
-                    "ranks": ranks,
-                    "bytes_per_step": int(moved_bytes),
-                    "communication_ms": seconds * 1e3,
-                    "of_step_now": seconds * 1e3 / row["step_ms"],
-                    "alpha_us": alpha_s * 1e6,
-                    "gigabytes_per_s": 1e-9 / beta_s,
-                }
-            )
-    write_results("consensus_projection", projected, directory, note="arithmetic from measured bytes, not measured")
-
-
-def _share(ranks: int) -> float:
-    """Bytes of a rank, in payloads: exchanges between two ranks move one payload, among n 2 (n - 1) / n."""
-    return 2 * (ranks - 1) / ranks

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from consensus_projection import RANKS, project
 from measure import RESULTS, read_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "consensus.md"
@@ -24,7 +25,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name} instead of to the terminal")
-    tables = build_tables(read_rows("consensus", RESULTS), read_rows("consensus_projection", RESULTS))
+    tables = build_tables(read_rows("consensus", RESULTS))
     if not parser.parse_args().write:
         print(tables, end="")
         return
@@ -33,7 +34,7 @@ def main() -> None:
     PAGE.write_text(before + BEGIN + tables + END + after)
 
 
-def build_tables(rows: Sequence[Row], projected: Sequence[Row]) -> str:
+def build_tables(rows: Sequence[Row]) -> str:
     """Markdown: a table for each set of runs that can be compared, then the projection."""
     parts = []
     for key, group in _grouped(rows, ("device", "ranks", "parameters", "steps", "tokens")).items():
@@ -41,7 +42,7 @@ def build_tables(rows: Sequence[Row], projected: Sequence[Row]) -> str:
         where = f"{ranks} H200, NCCL" if device == "cuda" else f"{ranks} processes, gloo"
         title = f"**{where}, {parameters / 1e6:.1f}M parameters, {steps} steps of {tokens // steps:,} tokens**"
         parts.append(f"{title}\n\n{_runs_table(group)}")
-    parts.append(f"**Projection, not measured**\n\n{_projection_table(projected)}")
+    parts.append(f"**Projection, not measured**\n\n{_projection_table(rows)}")
     return "\n" + "\n".join(parts) + "\n"
 
 
@@ -69,17 +70,22 @@ def _runs_table(rows: Sequence[Row]) -> str:
 
 
 def _projection_table(rows: Sequence[Row]) -> str:
-    lines = [
-        [
-            f"{row['codec']}, {row['local_steps']} local" if row["local_steps"] > 1 else row["codec"],
-            f"{row['ranks']:,}",
-            f"{row['bytes_per_step'] / 1e6:.3g}",
-            f"{row['communication_ms']:.3g}",
-            f"{100 * row['of_step_now']:.3g} %",
-        ]
-        for row in {(row["codec"], row["local_steps"], row["ranks"]): row for row in reversed(rows)}.values()
-    ]
-    return _table(["recipe", "ranks", "MB a step", "ms", "of a step as on the ranks measured"], lines[::-1])
+    """Of the best run of every kind of exchange among two GPUs."""
+    lines = []
+    for own in _grouped([row for row in rows if row["device"] == "cuda"], ("codec", "local_steps")).values():
+        best = min(own, key=lambda row: float(row["loss"]))
+        for ranks in RANKS:
+            there = project(best, ranks)
+            lines.append(
+                [
+                    f"{best['codec']}, {best['local_steps']} local" if best["local_steps"] > 1 else best["codec"],
+                    f"{ranks:,}",
+                    f"{there['bytes_per_step'] / 1e6:.3g}",
+                    f"{there['communication_ms']:.3g}",
+                    f"{100 * there['of_step_now']:.3g} %",
+                ]
+            )
+    return _table(["recipe", "ranks", "MB a step", "ms", "of a step as between two"], lines)
 
 
 def _describe(settings: Row) -> str:

@@ -26,7 +26,7 @@ from red_team_measures import (
 from resonate_table import SHARE, difference, name_of
 
 THROUGHPUT, QUALITY = "resonate_throughput", "resonate_quality"
-CONSENSUS, PROJECTION = "consensus", "consensus_projection"
+CONSENSUS = "consensus"
 FIELDS = {
     THROUGHPUT: ("architecture", "device", "sequence", "recompute", "tokens_per_s", "activation_gib"),
     QUALITY: (
@@ -35,9 +35,8 @@ FIELDS = {
     ),
     CONSENSUS: (
         *("codec", "ranks", "device", "parameters", "bytes_per_step_mean", "bytes_per_step_peak", "below_bf16_ddp"),
-        *("above_exact", "is_exact", "communication_fraction", "learning_rate", "seed"),
+        *("above_exact", "is_exact", "communication_fraction", "step_ms", "channels", "learning_rate", "seed"),
     ),
-    PROJECTION: ("codec", "ranks", "of_step_now"),
 }
 """Files of results, and what every row of theirs must have."""
 
@@ -136,6 +135,16 @@ CLAIMS = [
     ),
     *_of_quality("resonate", "Trunk"),
     *_of_quality("resonate: attention", "One layer of attention"),
+    *(
+        _ceiling(
+            f"Both with Muon: loss beyond the Transformer's, equal {budget}",
+            QUALITY,
+            0,
+            "{:+.4f}",
+            loss_to("resonate: Muon", "transformer: Muon", budget),
+        )
+        for budget in ("tokens", "seconds")
+    ),
     _ceiling(
         "Bytes of a step and rank, all in, mean", CONSENSUS, BYTES, "{:,.0f}", of_best_recipe("bytes_per_step_mean")
     ),
@@ -150,7 +159,7 @@ CLAIMS = [
     _ceiling("Bytes of the transport that were not counted", CONSENSUS, 0.001, "{:.2%}", uncounted_bytes),
     *(
         _ceiling(
-            f"Communication, as a share of a step, {ranks} ranks", PROJECTION, limit, "{:.2%}", projected_share(ranks)
+            f"Communication, as a share of a step, {ranks} ranks", CONSENSUS, limit, "{:.2%}", projected_share(ranks)
         )
         for ranks, limit in ((8, 0.01), (64, 0.01), (1024, 0.05))
     ),
@@ -176,7 +185,8 @@ def ablations(rows: Rows) -> list[dict[str, str]]:
     lines = []
     for device in dict.fromkeys(row["device"] for row in rows):
         same = [row for row in rows if row["device"] == device]
-        for name in dict.fromkeys(name_of(row) for row in same if row["ablation"]):
+        own_rows = [row for row in same if row["architecture"] == "resonate" and row["ablation"]]
+        for name in dict.fromkeys(map(name_of, own_rows)):
             own = next(row for row in same if name_of(row) == name)
             found = {budget: difference(same, name, "resonate", budget) for budget in ("tokens", "seconds")}
             losses = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from consensus_projection import project
 from resonate_table import Difference, difference, name_of
 
 Row = Mapping[str, Any]
@@ -178,17 +179,13 @@ def uncounted_bytes(rows: Rows) -> Figure | None:
 
 
 def projected_share(ranks: int) -> Measure:
-    """Least share of a step that arithmetic gives the collectives of any compressed recipe among so many ranks."""
+    """Share of a step that arithmetic gives the best recipe's collectives among so many ranks."""
 
     def measure(rows: Rows) -> Figure | None:
-        shares = {
-            recipe_name(row): row["of_step_now"]
-            for row in rows
-            if row["ranks"] == ranks and row.get("parameters", 0) >= LEAST_PARAMETERS and row["codec"] != "Exact"
-        }
-        if not shares:
+        runs = best_recipe(rows)
+        if runs is None:
             return None
-        name = min(shares, key=shares.__getitem__)
-        return Figure(shares[name], "projection", f"arithmetic, {name}")
+        share = statistics.mean(project(row, ranks)["of_step_now"] for row in runs)
+        return Figure(share, "projection", f"arithmetic, {recipe_name(runs[0])}")
 
     return measure

@@ -73,6 +73,7 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("transformer"),
+        Variant("transformer", "Muon", optimizer="Muon"),
         Variant("mamba2"),
         Variant("resonate"),
         Variant("resonate", "attention", {"attention_every": MIDDLE}),

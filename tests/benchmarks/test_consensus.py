@@ -1,4 +1,4 @@
-"""The benchmark of gradient exchange, on a toy: its rows, its budget and its projection."""
+"""The benchmark of gradient exchange, on a toy: its rows and its budget; and what is reckoned from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import consensus
 import numpy as np
 import pytest
+from consensus_projection import project
 from consensus_table import BEGIN, END, PAGE, build_tables
 from measure import RESULTS, read_rows
 
@@ -46,13 +47,42 @@ def test_codecs_are_compared_with_the_exact_sum_of_their_seed(tmp_path: Path, mo
     assert rows["Int4"]["below_bf16_ddp"] == pytest.approx(30, rel=0.05)
     assert (rows["Int4"]["local_steps"], rows["Int4"]["outer_momentum"]) == (8, 0.5)
     assert rows["Auto"]["bytes_per_step_peak"] <= 30_000
-    projected = json.loads((tmp_path / "consensus_projection.json").read_text())["rows"]
-    assert {row["ranks"] for row in projected} == {8, 64, 1024}
-    assert all(row["projection"] for row in projected)
-    exact = next(row for row in projected if row["codec"] == "Exact" and row["ranks"] == 8)
-    assert exact["bytes_per_step"] == pytest.approx(rows["Exact"]["bytes_per_step_mean"] * 2 * 7 / 8, rel=1e-3)
+
+
+MEASURED = {
+    "ranks": 2,
+    "bytes_per_step_mean": 1e6,
+    "step_ms": 40.0,
+    "communication_fraction": 0.01,
+    "channels": "matrices Sign, vectors Float32",
+    "is_exact": False,
+}
+
+
+def test_among_the_ranks_that_were_measured_it_is_what_was_measured() -> None:
+    there = project(MEASURED, 2)
+    assert (there["bytes_per_step"], there["communication_ms"], there["of_step_now"]) == pytest.approx((1e6, 0.4, 0.01))
+
+
+def test_more_ranks_are_more_collectives_and_hops() -> None:
+    there = project(MEASURED, 8)
+    # 5 collectives where there were 3, with 6 hops more in each; 1.75 MB at 300 GB/s where there was one.
+    assert there["communication_ms"] == pytest.approx(0.4 * 5 / 3 + 5 * 6 * 1.9e-3 + 0.75 / 300)
+    assert there["bytes_per_step"] == pytest.approx(1.75e6)
+
+
+def test_more_hosts_are_a_network() -> None:
+    there = project(MEASURED, 64)
+    hops_ms = (56 * 1.9 + 7 * 4.0 - 1.9) / 1e3
+    bytes_ms = 1e6 * (2 * 63 / 64) / 50e9 * 1e3 - 1e6 / 300e9 * 1e3
+    assert there["communication_ms"] == pytest.approx(0.4 * 5 / 3 + 5 * hops_ms + bytes_ms)
+
+
+def test_an_exact_sum_takes_no_more_collectives() -> None:
+    exact = MEASURED | {"is_exact": True, "channels": "all Float32"}
+    assert project(exact, 4)["communication_ms"] == pytest.approx(0.4 + 2 * 2 * 1.9e-3 + 0.5 / 300)
 
 
 def test_the_page_holds_the_tables_of_what_was_measured() -> None:
-    rows, projected = read_rows("consensus", RESULTS), read_rows("consensus_projection", RESULTS)
-    assert BEGIN + build_tables(rows, projected) + END in PAGE.read_text(), "run benchmarks/consensus_table.py --write"
+    tables = build_tables(read_rows("consensus", RESULTS))
+    assert BEGIN + tables + END in PAGE.read_text(), "run benchmarks/consensus_table.py --write"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import red_team
 import red_team_claims
-from red_team_claims import CLAIMS, CONSENSUS, FIELDS, PROJECTION, QUALITY, THROUGHPUT, judge
+from red_team_claims import CLAIMS, CONSENSUS, FIELDS, QUALITY, THROUGHPUT, judge
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def exchange(codec: str, bytes_per_step: float, above_exact: float | None, **fie
     row = {"codec": codec, "ranks": 2, "device": "cuda", "parameters": 64_000_000, "is_exact": codec == "Exact"}
     row |= {"bytes_per_step_mean": bytes_per_step, "bytes_per_step_peak": bytes_per_step * 2, "seed": 0}
     row |= {"below_bf16_ddp": 128e6 / bytes_per_step, "above_exact": above_exact, "communication_fraction": 0.005}
-    row |= {"learning_rate": 1e-3}
+    row |= {"learning_rate": 1e-3, "step_ms": 40.0, "channels": f"matrices {codec}"}
     return row | fields
 
 
@@ -172,9 +172,9 @@ def test_exchanges_are_listed_by_recipe_over_their_seeds() -> None:
 
 
 def test_a_projection_is_called_one() -> None:
-    row = {"codec": "Dct", "ranks": 64, "parameters": 64_000_000, "of_step_now": 0.02}
-    lines = [line for line in judge({PROJECTION: [row]}) if line["verdict"] != "not measured"]
-    assert [(line["verdict"], line["hardware"]) for line in lines] == [("missed", "projection")]
+    lines = [line for line in judge({CONSENSUS: [exchange("Sign", 1e6, 0.0)]}) if line["hardware"] == "projection"]
+    assert [line["verdict"] for line in lines] == ["met", "missed", "missed"]
+    assert all("arithmetic" in line["measured"] for line in lines)
 
 
 def test_parts_are_shown_with_what_they_cost() -> None:
