@@ -54,7 +54,12 @@ class Shape:
 
 
 SHAPES = {
-    "cpu": {"14M": Shape({"layers": 4, "hidden_size": 512, "heads": 8}, 2048, sequences=4, tokens=256)},
+    "cpu": {
+        "14M": Shape({"layers": 4, "hidden_size": 512, "heads": 8}, 2048, sequences=4, tokens=256),
+        "12M Resonate": Shape(
+            {"architecture": "Resonate", "layers": 3, "hidden_size": 512, "heads": 8}, 2048, sequences=4, tokens=256
+        ),
+    },
     "cuda": {
         "1.17B": Shape(
             {"layers": 20, "hidden_size": 2048, "heads": 16, "intermediate_size": 5632}, 49152, sequences=8, tokens=2048
@@ -64,6 +69,12 @@ SHAPES = {
             49152,
             sequences=32,
             tokens=2048,
+        ),
+        "122M Resonate": Shape(
+            {"architecture": "Resonate", "layers": 10, "hidden_size": 768, "heads": 12, "intermediate_size": 2048},
+            49152,
+            sequences=8,
+            tokens=8192,
         ),
     },
 }
