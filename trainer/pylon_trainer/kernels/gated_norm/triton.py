@@ -43,10 +43,12 @@ class Tiling:
     """Numbers of a tile that a thread has, a power of 2."""
     warps: int
     """Of a program; more where a row is wider than they are at once."""
+    stages: int
+    """Steps that are on their way from memory while another is worked on, and that one."""
 
 
-FORWARD = Tiling(tokens=32, tiles=4, vector=8, warps=4)
-BACKWARD = Tiling(tokens=64, tiles=4, vector=4, warps=4)
+FORWARD = Tiling(tokens=32, tiles=4, vector=4, warps=4, stages=2)
+BACKWARD = Tiling(tokens=64, tiles=4, vector=4, warps=4, stages=2)
 """By what compilers say of registers; no other has been timed."""
 
 
@@ -92,14 +94,14 @@ def _load_of_channels(x, group, W: tl.constexpr, C: tl.constexpr, P: tl.constexp
 def _forward_kernel(
     y_NO, values_NO, skip_H, gate_NO, weight_O, normed_NO, N, stride_y, stride_values, stride_gate, epsilon,
     UNIT: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
-    TOKENS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    TOKENS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (W + C - 1) // C
     group, first = tl.program_id(0) % G, tl.program_id(0) // G * TOKENS
     last, o = tl.minimum(first + TOKENS, N), group * W
     skips = _load_of_channels(skip_H, group, W, C, P)
     weights = _load_of_channels(weight_O, group, W, C, 1)
-    for step in range((TOKENS + R - 1) // R):
+    for step in tl.range(0, (TOKENS + R - 1) // R, num_stages=STAGES):
         n_R = first + step * R + tl.arange(0, R)
         ys = _load(y_NO + o, n_R, last, stride_y, UNIT, W, C)
         values = _load(values_NO + o, n_R, last, stride_values, UNIT, W, C)
@@ -122,7 +124,7 @@ def _backward_kernel(
     d_normed_NO, y_NO, values_NO, skip_H, gate_NO, weight_O, d_y_NO, d_values_NO, d_gate_NO, sums_QXO,
     N, stride_y, stride_values, stride_gate, epsilon,
     UNIT: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
-    TOKENS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    TOKENS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (W + C - 1) // C
     group, first = tl.program_id(0) % G, tl.program_id(0) // G * TOKENS
@@ -133,7 +135,7 @@ def _backward_kernel(
     for _ in tl.static_range(TILES):
         d_skips += (tl.zeros((R, C), tl.float32),)
         d_weights += (tl.zeros((R, C), tl.float32),)
-    for step in range((TOKENS + R - 1) // R):
+    for step in tl.range(0, (TOKENS + R - 1) // R, num_stages=STAGES):
         n_R = first + step * R + tl.arange(0, R)
         d_normed = _load(d_normed_NO + o, n_R, last, G * W, 1, W, C)
         ys = _load(y_NO + o, n_R, last, stride_y, UNIT, W, C)
@@ -234,4 +236,4 @@ def _cut(width: int, tiling: Tiling) -> dict[str, int]:
     columns = min(triton.next_power_of_2(width), max(NARROWEST, even))
     warps = min(MOST_WARPS, max(tiling.warps, columns // (32 * tiling.vector)))
     rows = max(1, 32 * warps * tiling.vector // columns)
-    return {"W": width, "TOKENS": tiling.tokens, "R": rows, "C": columns, "num_warps": warps}
+    return {"W": width, "R": rows, "C": columns, "TOKENS": tiling.tokens, "STAGES": tiling.stages, "num_warps": warps}
