@@ -27,29 +27,24 @@ def gated_norm(
 ) -> Tensor:
     """weight * RMS norm, group by group, of (y + skip * values) * silu(gate), in the type of the gate.
 
-    y, values, gate: each of a type of its own, strided as one likes. epsilon: positive, joins the mean square. Gradients
-    reach all five, in their types. Sums are float32 at least, on CUDA float32, and there the same input gives the same
-    bits.
+    y, values, gate: each of a type of its own, strided as one likes. epsilon: positive, joins the mean square.
+    Gradients reach all five tensors. Sums are float32 at least, on CUDA float32, and there the same input gives the
+    same bits.
 
     Raises ValueError when shapes do not fit, and for float64 on CUDA.
     """
-    shape, heads, channels = tuple(gate_BTO.shape), skip_H.numel(), weight_O.numel()
-    if (
-        not shape == tuple(y_BTO.shape) == tuple(values_BTO.shape) == (*shape[:2], channels)
-        or skip_H.shape != (heads,)
-        or weight_O.shape != (channels,)
-        or channels % heads
-        or channels % groups
-    ):
+    y, values, skip, gate, weight = (tuple(x.shape) for x in (y_BTO, values_BTO, skip_H, gate_BTO, weight_O))
+    (heads, channels), lengths = (skip_H.numel(), weight_O.numel()), gate[:2]
+    shapes_fit = y == values == gate == (*lengths, channels) and (skip, weight) == ((heads,), (channels,))
+    if not shapes_fit or channels % heads or channels % groups:
         raise ValueError(
-            f"gated norm: y {tuple(y_BTO.shape)}, values {tuple(values_BTO.shape)}, gate {shape}, skip "
-            f"{tuple(skip_H.shape)} and weight {tuple(weight_O.shape)} must be (B, T, O) three times, (H,) and (O,), O a "
-            f"multiple of H and of the {groups} groups"
+            f"gated norm: y {y}, values {values}, skip {skip}, gate {gate} and weight {weight} must be (B, T, O), "
+            f"(B, T, O), (H,), (B, T, O) and (O,), with O a multiple of H and of the {groups} groups"
         )
-    types = y_BTO.dtype, values_BTO.dtype, gate_BTO.dtype
-    if gate_BTO.is_cuda and max(dtype.itemsize for dtype in types) > 4:
+    if gate_BTO.is_cuda and max(x.itemsize for x in (y_BTO, values_BTO, gate_BTO)) > 4:
         raise ValueError(
-            f"gated norm: y, values and gate are {', '.join(map(str, types))}; give float32, bfloat16 or float16"
+            f"gated norm: y is {y_BTO.dtype}, values are {values_BTO.dtype}, the gate is {gate_BTO.dtype}; "
+            "give float32, bfloat16 or float16"
         )
     # Elsewhere PyTorch's own operations, which a compiled block fuses with what surrounds them.
     run = operators.gated_norm if gate_BTO.is_cuda else reference.gated_norm

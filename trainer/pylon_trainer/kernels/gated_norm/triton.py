@@ -1,16 +1,17 @@
 """The gated norm, each way in one pass over memory.
 
-A program takes a group's channels of a part of the tokens, some rows at a time, all their channels in registers: as few
-tiles, each a power of 2 wide, or a group of 1536 channels would keep a quarter of the threads idle. Tiles are added up
-number by number before threads exchange sums, so that a row costs one exchange forward and two backward.
+A program takes a group's channels of a part of the tokens, a few rows at a time, all their channels in registers, and
+has the next rows on their way from memory meanwhile. A row is cut into tiles whose width is a power of 2: one tile for
+all 1536 channels of a group would keep a quarter of the threads idle. Tiles are added up number by number before
+threads exchange sums, so that a row costs one exchange forward and two backward.
 
-Backward, with a the gated numbers, s their inverse root mean square, n = a s the normed ones and d_n their gradient, the
-weight's share included, d_a = s (d_n - n mean(d_n n)). What weights and skips receive is summed channel by channel per
-program, and a second, small sum joins the programs. The order of every sum depends on the shapes alone: the same input
-gives the same bits.
+Backward, with a the gated numbers, s their inverse root mean square, n = a s the normed ones and d_n their gradient,
+the weight's share included: d_a = s (d_n - n mean(d_n n)). What weights and skips receive is summed channel by channel
+per program, and a second, small sum joins the programs. The order of every sum depends on the shapes alone: the same
+input gives the same bits.
 
-Shapes: N tokens of all sequences, O channels, H heads of P of them, G groups of W, parts of TOKENS tokens of which there
-are Q, R rows and C channels of a tile.
+Shapes: N tokens of all sequences, O channels in H heads of P and in G groups of W, Q parts of TOKENS tokens, R rows and
+C channels of a tile, X = 2 for skips and weights.
 """
 
 # mypy: disable-error-code="assignment"
@@ -48,7 +49,7 @@ class Tiling:
 
 
 FORWARD = Tiling(tokens=32, tiles=4, vector=4, warps=4, stages=2)
-BACKWARD = Tiling(tokens=64, tiles=4, vector=4, warps=4, stages=2)
+BACKWARD = Tiling(tokens=64, tiles=4, vector=4, warps=4, stages=3)
 """By what compilers say of registers; no other has been timed."""
 
 
@@ -218,9 +219,7 @@ def _grid(tokens: int, groups: int, tiling: Tiling) -> tuple[int]:
     return (triton.cdiv(tokens, tiling.tokens) * groups,)
 
 
-def _sizes(
-    y_NO: Tensor, values_NO: Tensor, gate_NO: Tensor, heads: int, groups: int, tiling: Tiling
-) -> dict[str, int]:
+def _sizes(y_NO: Tensor, values_NO: Tensor, gate_NO: Tensor, heads: int, groups: int, tiling: Tiling) -> dict[str, int]:
     """What both kernels are told of shapes, strides and tiles, by name."""
     (tokens, channels), strides = gate_NO.shape, [x.stride(0) for x in (y_NO, values_NO, gate_NO)]
     width = channels // groups
@@ -236,4 +235,5 @@ def _cut(width: int, tiling: Tiling) -> dict[str, int]:
     columns = min(triton.next_power_of_2(width), max(NARROWEST, even))
     warps = min(MOST_WARPS, max(tiling.warps, columns // (32 * tiling.vector)))
     rows = max(1, 32 * warps * tiling.vector // columns)
-    return {"W": width, "R": rows, "C": columns, "TOKENS": tiling.tokens, "STAGES": tiling.stages, "num_warps": warps}
+    stages = tiling.stages if warps == tiling.warps else 1  # shared memory might not hold more of rows so wide
+    return {"W": width, "R": rows, "C": columns, "TOKENS": tiling.tokens, "STAGES": stages, "num_warps": warps}
