@@ -92,6 +92,14 @@ def _load_of_channels(x, group, W: tl.constexpr, C: tl.constexpr, P: tl.constexp
 
 
 @triton.jit
+def _parts(y_RC, values_RC, skip_1C, gate_RC):
+    """What is gated, the sigmoid of the gate and its SiLU."""
+    z_RC = gate_RC.to(tl.float32)
+    sigmoid_RC = tl.sigmoid(z_RC)
+    return y_RC.to(tl.float32) + skip_1C * values_RC.to(tl.float32), sigmoid_RC, z_RC * sigmoid_RC
+
+
+@triton.jit
 def _forward_kernel(
     y_NO, values_NO, skip_H, gate_NO, weight_O, normed_NO, N, stride_y, stride_values, stride_gate, epsilon,
     UNIT: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
@@ -109,9 +117,8 @@ def _forward_kernel(
         gates = _load(gate_NO + o, n_R, last, stride_gate, UNIT, W, C)
         gated, squares_RC = (), tl.zeros((R, C), tl.float32)
         for tile in tl.static_range(TILES):
-            u_RC = ys[tile].to(tl.float32) + skips[tile] * values[tile].to(tl.float32)
-            z_RC = gates[tile].to(tl.float32)
-            gated += (u_RC * z_RC * tl.sigmoid(z_RC),)
+            u_RC, _sigmoid_RC, silu_RC = _parts(ys[tile], values[tile], skips[tile], gates[tile])
+            gated += (u_RC * silu_RC,)
             squares_RC += gated[tile] * gated[tile]
         scale_R = tl.rsqrt(tl.sum(squares_RC, 1) / W + epsilon)
         normed = ()
@@ -132,10 +139,10 @@ def _backward_kernel(
     last, o = tl.minimum(first + TOKENS, N), group * W
     skips = _load_of_channels(skip_H, group, W, C, P)
     weights = _load_of_channels(weight_O, group, W, C, 1)
-    d_skips, d_weights = (), ()
+    zeros = ()
     for _ in tl.static_range(TILES):
-        d_skips += (tl.zeros((R, C), tl.float32),)
-        d_weights += (tl.zeros((R, C), tl.float32),)
+        zeros += (tl.zeros((R, C), tl.float32),)
+    d_skips, d_weights = zeros, zeros
     for step in tl.range(0, (TOKENS + R - 1) // R, num_stages=STAGES):
         n_R = first + step * R + tl.arange(0, R)
         d_normed = _load(d_normed_NO + o, n_R, last, G * W, 1, W, C)
@@ -144,26 +151,22 @@ def _backward_kernel(
         gates = _load(gate_NO + o, n_R, last, stride_gate, UNIT, W, C)
         squares_RC, products_RC = tl.zeros((R, C), tl.float32), tl.zeros((R, C), tl.float32)
         for tile in tl.static_range(TILES):
-            u_RC = ys[tile].to(tl.float32) + skips[tile] * values[tile].to(tl.float32)
-            z_RC = gates[tile].to(tl.float32)
-            a_RC = u_RC * z_RC * tl.sigmoid(z_RC)
+            u_RC, sigmoid_RC, silu_RC = _parts(ys[tile], values[tile], skips[tile], gates[tile])
+            a_RC, d_n_RC = u_RC * silu_RC, weights[tile] * d_normed[tile].to(tl.float32)
             squares_RC += a_RC * a_RC
-            products_RC += a_RC * weights[tile] * d_normed[tile].to(tl.float32)
+            products_RC += a_RC * d_n_RC
         scale_R = tl.rsqrt(tl.sum(squares_RC, 1) / W + epsilon)
         share_R = tl.sum(products_RC, 1) / W * scale_R * scale_R
         d_ys, d_values, d_gates, more_skips, more_weights = (), (), (), (), ()
         for tile in tl.static_range(TILES):
-            value_RC, z_RC = values[tile].to(tl.float32), gates[tile].to(tl.float32)
-            u_RC = ys[tile].to(tl.float32) + skips[tile] * value_RC
-            sigmoid_RC = tl.sigmoid(z_RC)
-            silu_RC = z_RC * sigmoid_RC
+            u_RC, sigmoid_RC, silu_RC = _parts(ys[tile], values[tile], skips[tile], gates[tile])
             a_RC, d_RC = u_RC * silu_RC, d_normed[tile].to(tl.float32)
             d_a_RC = scale_R[:, None] * (weights[tile] * d_RC - a_RC * share_R[:, None])
             d_u_RC = d_a_RC * silu_RC
             d_ys += (d_u_RC,)
             d_values += (d_u_RC * skips[tile],)
             d_gates += (d_a_RC * u_RC * (sigmoid_RC + silu_RC * (1 - sigmoid_RC)),)
-            more_skips += (d_skips[tile] + d_u_RC * value_RC,)
+            more_skips += (d_skips[tile] + d_u_RC * values[tile].to(tl.float32),)
             more_weights += (d_weights[tile] + d_RC * (a_RC * scale_R[:, None]),)
         d_skips, d_weights = more_skips, more_weights
         _store(d_y_NO + o, d_ys, n_R, last, G * W, W, C)
