@@ -50,7 +50,7 @@ class Tiling:
 
 FORWARD = Tiling(tokens=32, tiles=4, vector=4, warps=4, stages=2)
 BACKWARD = Tiling(tokens=64, tiles=4, vector=4, warps=4, stages=3)
-"""By what compilers say of registers; no other has been timed."""
+"""By the registers that they take; none has been timed."""
 
 
 @triton.jit
