@@ -173,6 +173,26 @@ def test_short_convolution_loads_channels_side_by_side() -> None:
         assert "st.global.b16" not in ptx
 
 
+@pytest.mark.parametrize(("kernel", "inputs", "outputs"), [("forward", 3, 1), ("backward", 4, 3)])
+@pytest.mark.parametrize(("element", "per_store"), [("bf16", "v2"), ("fp32", "v4")])
+def test_gated_norm_moves_four_numbers_of_a_thread_at_once(
+    kernel: str, inputs: int, outputs: int, element: str, per_store: str
+) -> None:
+    """Also of rows whose length is no multiple of 16; what it reads is on its way while it works."""
+    from pylon_trainer.kernels.gated_norm import triton as gated_norm
+
+    function, tiling = getattr(gated_norm, f"_{kernel}_kernel"), getattr(gated_norm, kernel.upper())
+    floats = {"skip_H": "*fp32", "weight_O": "*fp32", "sums_QXO": "*fp32", "epsilon": "fp32"}
+    matrices = {name: f"*{element}" for name in function.arg_names if name.endswith("NO")}
+    types = {name: kind for name, kind in (floats | matrices).items() if name in function.arg_names}
+    cut = gated_norm._cut(1536, tiling)
+    warps, tiles = cut.pop("num_warps"), 1536 // cut["C"]
+    ptx = compile_for_hopper(function, types, {"UNIT": 8, "G": 1, "P": 64, **cut}, warps=warps)
+    assert ptx.count("cp.async.ca.shared.global") + ptx.count("cp.async.cg.shared.global") >= inputs * tiles
+    assert ptx.count(f"st.global.{per_store}.b32") >= outputs * tiles
+    assert "global.b16" not in ptx
+
+
 @pytest.mark.parametrize("kernel", ["sweep", "outputs", "gradients", "maps"])
 def test_scan_multiplies_on_tensor_cores_fed_in_the_background(kernel: str) -> None:
     from pylon_trainer.kernels.scan import launch

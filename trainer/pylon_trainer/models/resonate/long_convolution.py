@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec, ResonateSpec
+from pylon_trainer.kernels.gated_norm import gated_norm
 from pylon_trainer.models.context import Memory
 from pylon_trainer.models.ports import skip_with
-from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer, gated_norm
+from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer
 from pylon_trainer.models.resonate.scan import Borders, by_spans, carry, chunks_of, where
 
 LONGEST_TOKENS = 4096.0
@@ -64,8 +65,10 @@ class LongConvolution(StateMixer):
             values_BTF, exponents_N, gains_HN, self.own.chunk_tokens, starts_BT, state_BN1F
         )
         skip_H = skip_with(self.skip, self.port_skip, advice_PR)
-        y_BTF = y_BTF + skip_H.repeat_interleave(self.own.head_width) * values_BTF
-        return gated_norm(y_BTF, gate_BTF, self.norm_weight, self.own.groups, self.epsilon), (recent_BVF, state_BN1F)
+        y_BTF = gated_norm(
+            y_BTF, values_BTF, skip_H, gate_BTF, self.norm_weight, groups=self.own.groups, epsilon=self.epsilon
+        )
+        return y_BTF, (recent_BVF, state_BN1F)
 
 
 def long_convolution(

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylon_api.training import ModelSpec, ResonateSpec
+from pylon_trainer.kernels.gated_norm import gated_norm
 from pylon_trainer.models.context import Memory
 from pylon_trainer.models.ports import skip_with
 from pylon_trainer.models.resonate.kernel import scan
-from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer, gated_norm
+from pylon_trainer.models.resonate.mixer import ShortConvolution, StateMixer
 
 POLES = (1.0, 16.0)
 STEPS = (1e-3, 1e-1)
@@ -60,9 +61,8 @@ class Mamba(StateMixer):
         gate_BTO, channels_BTU, steps_BTH = x_BTI.split(self.sizes, -1)
         channels_BTU, recent_BVU = self.convolution(channels_BTU, starts_BT, recent_BVU)
         values_BTO, write_BTM, read_BTM = channels_BTU.split(self.parts, -1)
-        values_BTHP = values_BTO.unflatten(-1, (-1, own.head_width))
         y_BTHP, state_BHNP = scan(
-            values_BTHP,
+            values_BTO.unflatten(-1, (-1, own.head_width)),
             F.softplus(steps_BTH.float() + self.step_bias),
             -self.log_poles.float().exp(),
             write_BTM.unflatten(-1, (own.groups, -1)),
@@ -72,8 +72,10 @@ class Mamba(StateMixer):
             starts_BT=starts_BT,
             state_BHNP=state_BHNP,
         )
-        y_BTHP = y_BTHP + skip_with(self.skip, self.port_skip, advice_PR)[:, None] * values_BTHP
-        y_BTO = gated_norm(y_BTHP.flatten(2), gate_BTO, self.norm_weight, own.groups, self.epsilon)
+        skip_H = skip_with(self.skip, self.port_skip, advice_PR)
+        y_BTO = gated_norm(
+            y_BTHP.flatten(2), values_BTO, skip_H, gate_BTO, self.norm_weight, groups=own.groups, epsilon=self.epsilon
+        )
         return y_BTO, (recent_BVU, state_BHNP)
 
 

@@ -1,10 +1,10 @@
-"""What the mixers of this architecture share: two projections, and between them a short convolution and a gated norm.
+"""What the mixers of this architecture share: two projections and, after the first, a short convolution.
 
 All that lies between the two projections is `run`, which needs the first projection's output and nothing else. So
 training holds that output and run's own, and computes what lies between again on the way back (models/recompute.py).
 
 Shapes: B sequences, T tokens, D hidden width, I width of the first projection, O inner width, U channels of the
-convolution, W tokens that it sees, V = W - 1, G groups of channels.
+convolution, W tokens that it sees, V = W - 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylon_trainer.kernels.convolution import convolve
@@ -56,11 +55,3 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """In x's type, and the last W - 1 inputs; recent_BVU: those of the tokens before, None is zero."""
         return convolve(x_BTU, self.weight, self.bias, starts_BT=starts_BT, recent_BVU=recent_BVU)
-
-
-def gated_norm(y_BTO: Tensor, gate_BTO: Tensor, weight_O: Tensor, groups: int, epsilon: float) -> Tensor:
-    """RMS norm by groups of y * silu(gate), in the gate's type."""
-    gated_BTGO = (y_BTO.float() * F.silu(gate_BTO.float())).unflatten(-1, (groups, -1))
-    normed_BTGO = gated_BTGO * torch.rsqrt(gated_BTGO.square().mean(-1, keepdim=True) + epsilon)
-    normed_BTO: Tensor = weight_O * normed_BTGO.flatten(-2)
-    return normed_BTO.to(gate_BTO.dtype)
