@@ -39,7 +39,7 @@ from pylon_api.training import Compile, ConsensusCodec
 from pylon_trainer.consensus.compressed import CALIBRATION_STEPS
 
 CORPUS = Path(__file__).parents[1] / ".cache" / "python_corpus.npz"
-PAIRED = ("optimizer", "ranks", "device", "parameters", "steps", "tokens", "seed")
+PAIRED = ("architecture", "optimizer", "ranks", "device", "parameters", "steps", "tokens", "seed")
 """What runs that are compared have in common."""
 KEY = ("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate", "channels", *PAIRED)
 """What tells runs apart."""

@@ -59,8 +59,12 @@ SCALES = {
     "host": Scale({"layers": 4, "hidden_size": 128, "heads": 4}, 8, 128, 400, 40_000, 3e-3, 128),
     "medium": Scale({"layers": 12, "hidden_size": 640, "heads": 10}, 64, 512, 2000, 1_200_000, 1e-3),
     "large": Scale({"layers": 12, "hidden_size": 896, "heads": 14}, 64, 512, 2000, 2_000_000, 6e-4),
+    "resonate": Scale(
+        {"architecture": "Resonate", "layers": 10, "hidden_size": 640, "heads": 10, "resonate": {"attention_every": 6}},
+        *(64, 512, 2000, 1_200_000, 1e-3),
+    ),
 }
-"""64 and 123 million parameters, and two for machines without a GPU: 0.6 and 1.8 million."""
+"""64 and 123 million parameters, two for machines without a GPU, 0.6 and 1.8 million, and 65 million of Resonate."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Laboratory:
             "outer_momentum": consensus.outer_momentum if consensus.local_steps > 1 else None,
             "optimizer": str(recipe.optimizer.name),
             "beta2": recipe.optimizer.beta2,
+            "architecture": self._model.spec.architecture.lower(),
             "ranks": world.size,
             "device": self._device.type,
             "parameters": parameters,

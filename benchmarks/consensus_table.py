@@ -37,10 +37,11 @@ def main() -> None:
 def build_tables(rows: Sequence[Row]) -> str:
     """Markdown: a table for each set of runs that can be compared, then the projection."""
     parts = []
-    for key, group in _grouped(rows, ("device", "ranks", "parameters", "steps", "tokens")).items():
-        device, ranks, parameters, steps, tokens = key
+    for key, group in _grouped(rows, ("device", "ranks", "architecture", "parameters", "steps", "tokens")).items():
+        device, ranks, architecture, parameters, steps, tokens = key
         where = f"{ranks} H200, NCCL" if device == "cuda" else f"{ranks} processes, gloo"
-        title = f"**{where}, {parameters / 1e6:.1f}M parameters, {steps} steps of {tokens // steps:,} tokens**"
+        model = f"{architecture.title()} of {parameters / 1e6:.1f}M parameters"
+        title = f"**{where}, {model}, {steps} steps of {tokens // steps:,} tokens**"
         parts.append(f"{title}\n\n{_runs_table(group)}")
     parts.append(f"**Projection, not measured**\n\n{_projection_table(rows)}")
     return "\n" + "\n".join(parts) + "\n"
@@ -72,12 +73,15 @@ def _runs_table(rows: Sequence[Row]) -> str:
 def _projection_table(rows: Sequence[Row]) -> str:
     """Of the best run of every kind of exchange among two GPUs."""
     lines = []
-    for own in _grouped([row for row in rows if row["device"] == "cuda"], ("codec", "local_steps")).values():
+    for own in _grouped(
+        [row for row in rows if row["device"] == "cuda"], ("architecture", "codec", "local_steps")
+    ).values():
         best = min(own, key=lambda row: float(row["loss"]))
         for ranks in RANKS:
             there = project(best, ranks)
             lines.append(
                 [
+                    best["architecture"].title(),
                     f"{best['codec']}, {best['local_steps']} local" if best["local_steps"] > 1 else best["codec"],
                     f"{ranks:,}",
                     f"{there['bytes_per_step'] / 1e6:.3g}",
@@ -85,7 +89,7 @@ def _projection_table(rows: Sequence[Row]) -> str:
                     f"{100 * there['of_step_now']:.3g} %",
                 ]
             )
-    return _table(["recipe", "ranks", "MB a step", "ms", "of a step as between two"], lines)
+    return _table(["model", "recipe", "ranks", "MB a step", "ms", "of a step as between two"], lines)
 
 
 def _describe(settings: Row) -> str:

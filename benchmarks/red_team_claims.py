@@ -137,11 +137,15 @@ CLAIMS = [
     *_of_quality("resonate: attention", "One layer of attention"),
     *(
         _ceiling(
-            f"Both with Muon: loss beyond the Transformer's, equal {budget}",
+            f"{shown}: loss beyond the Transformer's, equal {budget}",
             QUALITY,
             0,
             "{:+.4f}",
-            loss_to("resonate: Muon", "transformer: Muon", budget),
+            loss_to(variant, "transformer: Muon", budget),
+        )
+        for variant, shown in (
+            ("resonate: Muon", "Both with Muon"),
+            ("resonate: attention, Muon", "Both with Muon, and a layer of attention"),
         )
         for budget in ("tokens", "seconds")
     ),

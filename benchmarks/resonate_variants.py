@@ -69,11 +69,13 @@ def _adapted(**fields: Any) -> dict[str, Any]:
     return {"adaptation": {"rank": 32, "grow_every_steps": 0} | fields}
 
 
+MUON_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("transformer"),
-        Variant("transformer", "Muon", optimizer="Muon"),
+        Variant("transformer", "Muon", optimizer="Muon", rates=MUON_RATES),
         Variant("mamba2"),
         Variant("resonate"),
         Variant("resonate", "attention", {"attention_every": MIDDLE}),
@@ -90,11 +92,15 @@ VARIANTS = {
         ),
         Variant("resonate", "control", {"control": {}}),
         Variant("resonate", "norm limit", {"stability": {}}),
-        Variant("resonate", "Muon", optimizer="Muon"),
+        Variant("resonate", "Muon", optimizer="Muon", rates=MUON_RATES),
+        Variant("resonate", "attention, Muon", {"attention_every": MIDDLE}, optimizer="Muon", rates=MUON_RATES),
         Variant("resonate", "Lion", optimizer="Lion", rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
         Variant("resonate", "Adafactor", optimizer="Adafactor", rates=(1e-2, 2e-2, 4e-2, 8e-2)),
     )
 }
-CORE = ("transformer", "mamba2", "resonate", "resonate: attention")
+CORE = (
+    *("transformer", "mamba2", "resonate", "resonate: attention"),
+    *("transformer: Muon", "resonate: Muon", "resonate: attention, Muon"),
+)
 """Mamba-2 as published has no MLP. The rest are ablations: each trains what it would in a job, but for the schedules by
 which ranks grow and atoms are revived, which need more steps than these runs have."""
