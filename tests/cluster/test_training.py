@@ -158,8 +158,13 @@ def test_a_killed_pod_restarts_the_gang_from_the_committed_step(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("consensus", "counter"),
+    [({"codec": "Auto", "bytesPerStep": 12_000}, "steps"), ({"codec": "Sign", "localSteps": 8}, "turn")],
+    ids=["gradients", "weights"],
+)
 def test_resonate_in_few_bytes_goes_on_after_a_killed_pod(
-    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path
+    apply: Apply, nodes: Nodes, namespace: str, text: str, tmp_path: Path, consensus: dict[str, Any], counter: str
 ) -> None:
     """examples/resonate.yaml, small, in 2 pods of 2 processes. What the exchange has not sent yet goes on as well."""
     nodes.add("node-0", "node-1", gpus=8)
@@ -167,7 +172,7 @@ def test_resonate_in_few_bytes_goes_on_after_a_killed_pod(
     spec = manifest(text, tmp_path, steps=ENDLESS, nodes=2, processesPerNode=2)
     spec["spec"]["training"] |= {
         "model": example["model"] | {"layers": 2, "hiddenSize": 64, "resonate": {"attentionEvery": 2}},
-        "consensus": {"codec": "Auto", "bytesPerStep": 12_000, "hashCheckSteps": 10, "onDisagreement": "Stop"},
+        "consensus": consensus | {"hashCheckSteps": 10, "onDisagreement": "Stop"},
     }
     job = apply(spec)
     committed = job.wait_for_commit()
@@ -193,7 +198,7 @@ def test_resonate_in_few_bytes_goes_on_after_a_killed_pod(
     assert losses[0] < before.loss + 0.3, "it goes on, and does not begin anew: a uniform guess has 5.5"
     assert losses[-1] < 4.0
     saved = Manifest.parse(Path(seen.checkpoint.uri.removeprefix("file://"), MANIFEST).read_bytes())
-    counted = [own["exchange"]["steps"] for own in saved.own]
+    counted = [own["exchange"][counter] for own in saved.own]
     assert counted == [saved.step] * 4, "no rank's exchange has begun anew"
 
 
