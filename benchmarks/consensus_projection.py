@@ -1,8 +1,9 @@
 """What exchanges would take among more ranks: arithmetic from what they took among a few, no measurement. Pure.
 
-A step's collectives, alone, took so long among the ranks there were. With more ranks a channel takes two where between
-two ranks it took one, each as long as those did; every rank more is a hop more of a ring; and the bytes pass over the
-network once there is more than one host. It knows neither contention nor ranks that wait for each other.
+A step's collectives, alone, took so long among the ranks there were: one for each channel between two ranks, two among
+more, and a reduction that says whether all is finite. Each of any more takes as long as those did; every rank more is a
+hop more of a ring, two of a reduction's; and bytes pass over the network once there is more than one host. It knows
+neither contention nor ranks that wait for each other. Refuses exact sums, which go in other pieces.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ GIGABYTES_PER_S, NETWORK_GIGABYTES_PER_S = 300.0, 50.0
 
 def project(row: Row, ranks: int) -> dict[str, Any]:
     """Bytes of a step and rank, milliseconds of its collectives, and their share of the step as it was measured."""
+    if row["is_exact"]:
+        raise ValueError("an exact sum goes in buckets, of which the row does not tell the number")
     moved_bytes = row["bytes_per_step_mean"] * _payloads(ranks) / _payloads(row["ranks"])
-    calls, calls_now = _calls(row, ranks), _calls(row, row["ranks"])
+    gathers, gathers_now = _gathers(row, ranks), _gathers(row, row["ranks"])
     now_ms = row["communication_fraction"] * row["step_ms"]
     hops_ms = (_ring_us(ranks) - _ring_us(row["ranks"])) / 1e3
     bytes_ms = _bytes_ms(moved_bytes, ranks) - _bytes_ms(row["bytes_per_step_mean"], row["ranks"])
-    communication_ms = now_ms * calls / calls_now + calls * hops_ms + bytes_ms
+    communication_ms = now_ms * (gathers + 1) / (gathers_now + 1) + (gathers + 2) * hops_ms + bytes_ms
     return {
         "ranks": ranks,
         "bytes_per_step": moved_bytes,
@@ -42,10 +45,10 @@ def _payloads(ranks: int) -> float:
     return 2 * (ranks - 1) / ranks
 
 
-def _calls(row: Row, ranks: int) -> int:
-    """Collectives of a step: of each channel, and one for the word whether all is finite."""
+def _gathers(row: Row, ranks: int) -> int:
+    """Collectives of a step that are no reductions."""
     channels = len(row["channels"].split(", "))
-    return 1 + channels * (1 if ranks == 2 or row["is_exact"] else 2)
+    return channels if ranks == 2 else 2 * channels
 
 
 def _ring_us(ranks: int) -> float:

@@ -30,7 +30,7 @@ CONSENSUS = "consensus"
 FIELDS = {
     THROUGHPUT: ("architecture", "device", "sequence", "recompute", "tokens_per_s", "activation_gib"),
     QUALITY: (
-        *("architecture", "ablation", "task", "budget", "device", "parameters", "seed"),
+        *("architecture", "ablation", "task", "budget", "device", "compile", "parameters", "seed"),
         *("tokens", "seconds", "loss", "recall"),
     ),
     CONSENSUS: (

@@ -22,7 +22,7 @@ LEAST_PARAMETERS = 50_000_000
 """Of a model whose bytes count."""
 RECIPE = (
     *("codec", "local_steps", "outer_rate", "outer_momentum", "optimizer", "beta2", "learning_rate"),
-    *("ranks", "device", "parameters", "steps", "tokens"),
+    *("architecture", "ranks", "device", "parameters", "steps", "tokens"),
 )
 
 
@@ -160,13 +160,16 @@ def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def recipe_name(row: Row) -> str:
-    """Its codec, what local steps it takes, if any, with outer rate and momentum, and an optimizer other than AdamW."""
+    """Its codec, what local steps it takes, if any, with outer rate and momentum, an optimizer other than AdamW and a
+    model other than the Transformer."""
     name, local_steps = str(row["codec"]), row.get("local_steps") or 1
     if local_steps > 1:
         outer = [f"{row[field]:g}" for field in ("outer_rate", "outer_momentum") if row.get(field) is not None]
         name += f", localSteps {local_steps}" + (f", outer {' and '.join(outer)}" if outer else "")
     optimizer = row.get("optimizer") or "AdamW"
-    return name if optimizer == "AdamW" else f"{name}, {optimizer}"
+    name += "" if optimizer == "AdamW" else f", {optimizer}"
+    architecture = row.get("architecture") or "transformer"
+    return name if architecture == "transformer" else f"{name}, {architecture.title()}"
 
 
 def uncounted_bytes(rows: Rows) -> Figure | None:

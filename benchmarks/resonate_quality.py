@@ -131,8 +131,9 @@ class Study:
         )
 
     def _seconds_of_baseline(self, seed: int) -> float | None:
+        same = (device_name(), "text", BASELINE, seed, str(self._arguments.compile))
         for row in self.rows:
-            if (row["device"], row["task"], name_of(row), row["seed"]) == (device_name(), "text", BASELINE, seed):
+            if (row["device"], row["task"], name_of(row), row["seed"], row["compile"]) == same:
                 return float(row["seconds"])
         return None
 
@@ -190,6 +191,7 @@ class Study:
             "task": task,
             "budget": budget,
             "device": device_name(),
+            "compile": str(self._arguments.compile),
             "seed": seed,
             "recall": None,
         } | figures

@@ -45,7 +45,7 @@ def difference(rows: Iterable[Row], variant: str, rival: str, budget: str) -> Di
     """Text loss of a variant within a budget, against the rival's. None: no seed in common.
 
     The rival has all tokens against fewer, and the Transformer's seconds are those it took for them. Runs of other
-    lengths, left from other calls, are no rivals.
+    lengths, left from other calls, are no rivals, nor for seconds those compiled in another way.
     """
     there = budget if budget == "seconds" and rival != "transformer" else "tokens"
     runs = {(name_of(row), row["budget"], row["seed"]): row for row in rows if row["task"] == "text"}
@@ -57,7 +57,7 @@ def difference(rows: Iterable[Row], variant: str, rival: str, budget: str) -> Di
 
 def _are_comparable(own: Row, other: Row) -> bool:
     if own["budget"] == "seconds":
-        return bool(abs(own["seconds"] / other["seconds"] - 1) < 0.2)
+        return bool(own["compile"] == other["compile"] and abs(own["seconds"] / other["seconds"] - 1) < 0.2)
     share = 0.8 if own["budget"] == SHARE else 1.0
     return bool(abs(own["tokens"] / other["tokens"] - share) < 0.02)
 

@@ -23,6 +23,7 @@ def throughput(architecture: str, tokens_per_s: float, sequence: int = 8192, gib
 def quality(name: str, loss: float, *, budget: str = "tokens", seed: int = 0, device: str = "H200") -> dict[str, Any]:
     architecture, _, ablation = name.partition(": ")
     row = {"architecture": architecture, "ablation": ablation, "task": "text", "budget": budget, "device": device}
+    row |= {"compile": "Graph"}
     return row | {"parameters": 30_000_000, "seed": seed, "tokens": 100, "seconds": 1, "loss": loss, "recall": None}
 
 

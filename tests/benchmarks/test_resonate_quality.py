@@ -138,6 +138,7 @@ def text_rows(losses: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]
             "task": "text",
             "budget": budget,
             "device": "cpu",
+            "compile": "Disabled",
             "seed": seed,
             "parameters": 10,
             "tokens": 80 if budget == SHARE else 100,

@@ -50,7 +50,8 @@ class Tiling:
 
 FORWARD = Tiling(tokens=32, tiles=4, vector=4, warps=4, stages=2)
 BACKWARD = Tiling(tokens=64, tiles=4, vector=4, warps=4, stages=3)
-"""By the registers that they take; none has been timed."""
+"""Within two per cent of the fastest of eight each on an H200. Groups wider than 2048 channels are not prefetched, nor
+timed."""
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def gated_norm_backward(
         d_y_BTO, d_values_BTO, d_gate_BTO, sums_QXO,
         epsilon=epsilon, **_sizes(y_NO, values_NO, gate_NO, len(skip_H), groups, BACKWARD),
     )  # fmt: skip
-    d_skip_O, d_weight_O = sums_QXO.sum(0)
+    d_skip_O, d_weight_O = sums_QXO[:, 0].sum(0), sums_QXO[:, 1].sum(0)
     d_skip_H = d_skip_O.unflatten(0, (len(skip_H), -1)).sum(1)
     return d_y_BTO, d_values_BTO, d_skip_H.to(skip_H.dtype), d_gate_BTO, d_weight_O.to(weight_O.dtype)
 
