@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from consensus_link import RecordingWorld
+from consensus_recipes import RECIPE, SETTING
 from consensus_runs import SCALES, Laboratory, Scale, read_recipe
 from measure import RESULTS, print_table, read_rows, write_results
 
@@ -39,9 +40,9 @@ from pylon_api.training import Compile, ConsensusCodec
 from pylon_trainer.consensus.compressed import CALIBRATION_STEPS
 
 CORPUS = Path(__file__).parents[1] / ".cache" / "python_corpus.npz"
-PAIRED = ("architecture", "optimizer", "ranks", "device", "parameters", "steps", "tokens", "seed")
+PAIRED = (*SETTING, "seed")
 """What runs that are compared have in common."""
-KEY = ("codec", "local_steps", "outer_rate", "outer_momentum", "beta2", "learning_rate", "channels", *PAIRED)
+KEY = (*RECIPE, "channels", "seed")
 """What tells runs apart."""
 DEFAULT_RECIPES = (
     "Exact",

@@ -8,10 +8,7 @@ neither contention nor ranks that wait for each other. Refuses exact sums, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-Row = Mapping[str, Any]
+from consensus_recipes import Row
 
 RANKS = (8, 64, 1024)
 HOST_RANKS = 8
@@ -22,7 +19,7 @@ GIGABYTES_PER_S, NETWORK_GIGABYTES_PER_S = 300.0, 50.0
 """Of a rank: between two H200 as measured, and an adapter of 400 Gb/s."""
 
 
-def project(row: Row, ranks: int) -> dict[str, Any]:
+def project(row: Row, ranks: int) -> dict[str, float]:
     """Bytes of a step and rank, milliseconds of its collectives, and their share of the step as it was measured."""
     if row["is_exact"]:
         raise ValueError("an exact sum goes in buckets, of which the row does not tell the number")
@@ -33,7 +30,6 @@ def project(row: Row, ranks: int) -> dict[str, Any]:
     bytes_ms = _bytes_ms(moved_bytes, ranks) - _bytes_ms(row["bytes_per_step_mean"], row["ranks"])
     communication_ms = now_ms * (gathers + 1) / (gathers_now + 1) + (gathers + 2) * hops_ms + bytes_ms
     return {
-        "ranks": ranks,
         "bytes_per_step": moved_bytes,
         "communication_ms": communication_ms,
         "of_step_now": communication_ms / row["step_ms"],

@@ -64,7 +64,7 @@ SCALES = {
         *(64, 512, 2000, 1_200_000, 1e-3),
     ),
 }
-"""64 and 123 million parameters, two for machines without a GPU, 0.6 and 1.8 million, and 65 million of Resonate."""
+"""65 and 124 million parameters, two for machines without a GPU, 0.6 and 1.9 million, and 63 million of Resonate."""
 
 
 @dataclass(frozen=True)

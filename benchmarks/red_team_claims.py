@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from consensus_recipes import by_recipe, mean, recipe_name
 from red_team_measures import (
     BELOW,
     BYTES,
     Measure,
     Row,
     Rows,
-    by_recipe,
     least_speed_to,
     loss_to,
     most_activations_to,
     of_best_recipe,
     projected_share,
     recall_to,
-    recipe_name,
     said,
     speed_to,
     uncounted_bytes,
@@ -74,12 +73,19 @@ def _ceiling(text: str, source: str, limit: float, form: str, measure: Measure) 
 _RIVALS = {"transformer": "the Transformer's", "mamba2": "plain Mamba-2's"}
 
 
+def _of_losses(variant: str, shown: str, rival: str, whose: str) -> list[Claim]:
+    return [
+        _ceiling(
+            f"{shown}: loss beyond {whose}, equal {budget}", QUALITY, 0, "{:+.4f}", loss_to(variant, rival, budget)
+        )
+        for budget in ("tokens", "seconds")
+    ]
+
+
 def _of_quality(variant: str, shown: str) -> list[Claim]:
     claims = []
     for rival, whose in _RIVALS.items():
-        for budget in ("tokens", "seconds"):
-            text = f"{shown}: loss beyond {whose}, equal {budget}"
-            claims.append(_ceiling(text, QUALITY, 0, "{:+.4f}", loss_to(variant, rival, budget)))
+        claims += _of_losses(variant, shown, rival, whose)
         text = f"{shown}: right answers beyond {whose} (MQAR)"
         claims.append(_floor(text, QUALITY, -0.005, "{:+.1%}", recall_to(variant, rival)))
     text = f"{shown}: loss beyond the Transformer's, four fifths of its tokens"
@@ -136,18 +142,12 @@ CLAIMS = [
     *_of_quality("resonate", "Trunk"),
     *_of_quality("resonate: attention", "One layer of attention"),
     *(
-        _ceiling(
-            f"{shown}: loss beyond the Transformer's, equal {budget}",
-            QUALITY,
-            0,
-            "{:+.4f}",
-            loss_to(variant, "transformer: Muon", budget),
-        )
+        claim
         for variant, shown in (
             ("resonate: Muon", "Both with Muon"),
             ("resonate: attention, Muon", "Both with Muon, and a layer of attention"),
         )
-        for budget in ("tokens", "seconds")
+        for claim in _of_losses(variant, shown, "transformer: Muon", _RIVALS["transformer"])
     ),
     _ceiling(
         "Bytes of a step and rank, all in, mean", CONSENSUS, BYTES, "{:,.0f}", of_best_recipe("bytes_per_step_mean")
@@ -191,7 +191,7 @@ def ablations(rows: Rows) -> list[dict[str, str]]:
         same = [row for row in rows if row["device"] == device]
         own_rows = [row for row in same if row["architecture"] == "resonate" and row["ablation"]]
         for name in dict.fromkeys(map(name_of, own_rows)):
-            own = next(row for row in same if name_of(row) == name)
+            own = next(row for row in own_rows if name_of(row) == name)
             found = {budget: difference(same, name, "resonate", budget) for budget in ("tokens", "seconds")}
             losses = {
                 f"loss, equal {budget}": f"{one.mean:+.4f} ({said(one)})" if one else ""
@@ -211,11 +211,11 @@ def recipes(rows: Rows) -> list[dict[str, str]]:
             "ranks": f"{runs[0]['ranks']} {runs[0]['device']}",
             "parameters": f"{runs[0]['parameters']:,}",
             "learning rate": f"{runs[0]['learning_rate']:g}",
-            "bytes a step": f"{_mean(runs, 'bytes_per_step_mean'):,.0f}",
+            "bytes a step": f"{mean(runs, 'bytes_per_step_mean'):,.0f}",
             "at most": f"{max(row['bytes_per_step_peak'] for row in runs):,.0f}",
-            "below bf16": f"{_mean(runs, 'below_bf16_ddp'):.1f}x",
+            "below bf16": f"{mean(runs, 'below_bf16_ddp'):.1f}x",
             "above exact": _above_exact(runs),
-            "of step time": f"{_mean(runs, 'communication_fraction'):.1%}",
+            "of step time": f"{mean(runs, 'communication_fraction'):.1%}",
             "seeds": str(len({row["seed"] for row in runs})),
         }
         for runs in ordered
@@ -225,8 +225,4 @@ def recipes(rows: Rows) -> list[dict[str, str]]:
 def _above_exact(runs: Sequence[Row]) -> str:
     """Over those that an exact run can be held against."""
     held = [row for row in runs if row["above_exact"] is not None]
-    return f"{_mean(held, 'above_exact'):+.2%}" if held else ""
-
-
-def _mean(runs: Sequence[Row], field: str) -> float:
-    return float(sum(row[field] for row in runs)) / len(runs)
+    return f"{mean(held, 'above_exact'):+.2%}" if held else ""

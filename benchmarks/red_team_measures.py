@@ -7,23 +7,18 @@ measured the best one is taken, the same for every claim that it has to meet at 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from consensus_projection import project
+from consensus_recipes import Row, by_recipe, mean, recipe_name
 from resonate_table import Difference, difference, name_of
 
-Row = Mapping[str, Any]
 Rows = Sequence[Row]
 BYTES = 2_000_000
 BELOW = 100
 LEAST_PARAMETERS = 50_000_000
 """Of a model whose bytes count."""
-RECIPE = (
-    *("codec", "local_steps", "outer_rate", "outer_momentum", "optimizer", "beta2", "learning_rate"),
-    *("architecture", "ranks", "device", "parameters", "steps", "tokens"),
-)
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ def of_best_recipe(field: str) -> Measure:
         if runs is None:
             return None
         ranks = f"{runs[0]['ranks']} ranks on {runs[0]['device']}"
-        return Figure(statistics.mean(row[field] for row in runs), ranks, f"{recipe_name(runs[0])}, seeds: {len(runs)}")
+        return Figure(mean(runs, field), ranks, f"{recipe_name(runs[0])}, seeds: {len(runs)}")
 
     return measure
 
@@ -147,29 +142,8 @@ def best_recipe(rows: Rows) -> list[Row] | None:
         if all(row["bytes_per_step_mean"] <= BYTES and row["below_bf16_ddp"] >= BELOW for row in runs)
     ]
     if fitting:
-        return min(fitting, key=lambda runs: statistics.mean(row["above_exact"] for row in runs))
-    return min(groups, key=lambda runs: statistics.mean(row["bytes_per_step_mean"] for row in runs), default=None)
-
-
-def by_recipe(rows: Iterable[Row]) -> list[list[Row]]:
-    """Runs that differ in nothing but their seed."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(field) for field in RECIPE), []).append(row)
-    return list(groups.values())
-
-
-def recipe_name(row: Row) -> str:
-    """Its codec, what local steps it takes, if any, with outer rate and momentum, an optimizer other than AdamW and a
-    model other than the Transformer."""
-    name, local_steps = str(row["codec"]), row.get("local_steps") or 1
-    if local_steps > 1:
-        outer = [f"{row[field]:g}" for field in ("outer_rate", "outer_momentum") if row.get(field) is not None]
-        name += f", localSteps {local_steps}" + (f", outer {' and '.join(outer)}" if outer else "")
-    optimizer = row.get("optimizer") or "AdamW"
-    name += "" if optimizer == "AdamW" else f", {optimizer}"
-    architecture = row.get("architecture") or "transformer"
-    return name if architecture == "transformer" else f"{name}, {architecture.title()}"
+        return min(fitting, key=lambda runs: mean(runs, "above_exact"))
+    return min(groups, key=lambda runs: mean(runs, "bytes_per_step_mean"), default=None)
 
 
 def uncounted_bytes(rows: Rows) -> Figure | None:
@@ -188,7 +162,7 @@ def projected_share(ranks: int) -> Measure:
         runs = best_recipe(rows)
         if runs is None:
             return None
-        share = statistics.mean(project(row, ranks)["of_step_now"] for row in runs)
+        share = mean([project(row, ranks) for row in runs], "of_step_now")
         return Figure(share, "projection", f"arithmetic, {recipe_name(runs[0])}")
 
     return measure
