@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from pylon_trainer.kernels.attention.triton import d_keys_kernel, d_queries_kernel, forward_kernel
+from pylon_trainer.kernels.rows import side_by_side
 
 LOG2_E = 1.4426950408889634
 
@@ -56,7 +57,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the rows see, K x H x E, and the logarithm (base 2) of their sum of exponentials, float32 K x H."""
     (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
-    q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
+    q_HKE, k_BJTE, v_BJTE = side_by_side(q_HKE), side_by_side(k_BJTE), side_by_side(v_BJTE)
     tiling = choose_tilings(q_HKE).forward
     y_KHE, logsumexp_KH = q_HKE.new_empty(K, H, E), q_HKE.new_empty(K, H, dtype=torch.float32)
     if K:
@@ -95,7 +96,7 @@ def d_queries(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of the queries, K x H x E, and delta, float32 K x H."""
     (H, K, E), (B, J, T, _) = q_HKE.shape, k_BJTE.shape
-    q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
+    q_HKE, k_BJTE, v_BJTE = side_by_side(q_HKE), side_by_side(k_BJTE), side_by_side(v_BJTE)
     tiling = choose_tilings(q_HKE).d_queries
     d_q_KHE, delta_KH = torch.empty_like(y_KHE), torch.empty_like(logsumexp_KH)
     if K:
@@ -116,7 +117,7 @@ def d_keys(
     """Gradients of the keys and values at places keys_L, each L x J x E. Rows from_L[l] to until_L[l] see key l, in the
     order of rows_K."""
     (H, _, E), (B, J, T, _), L = q_HKE.shape, k_BJTE.shape, len(keys_L)
-    q_HKE, k_BJTE, v_BJTE = _dense_rows(q_HKE), _dense_rows(k_BJTE), _dense_rows(v_BJTE)
+    q_HKE, k_BJTE, v_BJTE = side_by_side(q_HKE), side_by_side(k_BJTE), side_by_side(v_BJTE)
     tiling = choose_tilings(q_HKE).d_keys
     d_k_LJE, d_v_LJE = k_BJTE.new_empty(L, J, E), v_BJTE.new_empty(L, J, E)
     if L:
@@ -127,10 +128,6 @@ def d_keys(
             WINDOWED=windowed, **_constants(H // J, E, B, tiling),
         )  # fmt: skip
     return d_k_LJE, d_v_LJE
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _grid(packed: int, size: int, B: int, J: int) -> tuple[int, int]:

@@ -18,13 +18,14 @@ order.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pylon_trainer.kernels.rows import row_unit, side_by_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,7 @@ def convolve(
     x_BTU: Tensor, weight_UW: Tensor, bias_U: Tensor, starts_BT: Tensor | None, recent_BVU: Tensor | None
 ) -> Tensor:
     """As `reference.convolve`, in one pass."""
-    x_BTU = _dense(x_BTU)
+    x_BTU = side_by_side(x_BTU)
     y_BTU = x_BTU.new_empty(x_BTU.shape)
     _forward_kernel[_grid(x_BTU, FORWARD)](
         x_BTU, weight_UW.contiguous(), bias_U.contiguous(), _contiguous(starts_BT), _contiguous(recent_BVU), y_BTU,
@@ -214,7 +215,7 @@ def convolve_backward(
     recent_BVU: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and of the recent inputs, also where those are not given."""
-    x_BTU = _dense(x_BTU)
+    x_BTU = side_by_side(x_BTU)
     (B, T, U), W = x_BTU.shape, weight_UW.shape[1]
     d_x_BTU, d_recent_BVU = x_BTU.new_empty(B, T, U), x_BTU.new_empty(B, W - 1, U)
     sums_PXU = x_BTU.new_empty(B * triton.cdiv(T, BACKWARD.tokens), W + 1, U, dtype=torch.float32)
@@ -227,11 +228,6 @@ def convolve_backward(
     return d_x_BTU, d_weight_UW.to(weight_UW.dtype), d_bias_U.to(bias_U.dtype), d_recent_BVU
 
 
-def _dense(x_BTU: Tensor) -> Tensor:
-    """With channels side by side."""
-    return x_BTU if x_BTU.stride(2) == 1 else x_BTU.contiguous()
-
-
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -242,8 +238,7 @@ def _grid(x_BTU: Tensor, tiling: Tiling) -> tuple[int, int]:
 
 
 def _unit(x_BTU: Tensor) -> int:
-    """Elements that all rows begin at multiples of. The compiler is told, or it could not load several at once."""
-    return math.gcd(16, x_BTU.shape[2], *x_BTU.stride()[:2])
+    return row_unit(x_BTU.shape[2], *x_BTU.stride()[:2])
 
 
 def _sizes(x_BTU: Tensor) -> tuple[int, int, int, int]:

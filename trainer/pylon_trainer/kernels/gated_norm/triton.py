@@ -19,13 +19,14 @@ C channels of a tile, X = 2 for skips and weights.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pylon_trainer.kernels.rows import row_unit, side_by_side
 
 NARROWEST = 128
 """Channels of a tile, if a group has as many: fewer side by side are slow to load."""
@@ -215,8 +216,7 @@ def gated_norm_backward(
 
 def _rows(x_BTO: Tensor) -> Tensor:
     """Of all sequences, with channels side by side: a view, if it can be."""
-    x_NO = x_BTO.flatten(0, 1)
-    return x_NO if x_NO.stride(1) == 1 else x_NO.contiguous()
+    return side_by_side(x_BTO.flatten(0, 1))
 
 
 def _grid(tokens: int, groups: int, tiling: Tiling) -> tuple[int]:
@@ -227,8 +227,7 @@ def _sizes(y_NO: Tensor, values_NO: Tensor, gate_NO: Tensor, heads: int, groups:
     """What both kernels are told of shapes, strides and tiles, by name."""
     (tokens, channels), strides = gate_NO.shape, [x.stride(0) for x in (y_NO, values_NO, gate_NO)]
     width = channels // groups
-    # Elements that all rows begin at multiples of. The compiler is told, or it could not load several at once.
-    unit = math.gcd(16, width, *strides)
+    unit = row_unit(width, *strides)
     of_names = dict(zip(("stride_y", "stride_values", "stride_gate"), (n // unit for n in strides), strict=True))
     return {"N": tokens, "UNIT": unit, "G": groups, "P": channels // heads, **of_names, **_cut(width, tiling)}
 
