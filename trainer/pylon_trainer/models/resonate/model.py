@@ -153,8 +153,14 @@ def kind_of(spec: ModelSpec, number: int) -> Kind:
     if spec.architecture is Architecture.TRANSFORMER:
         return Kind.ATTENTION
     own = spec.resonate or ResonateSpec()
-    if own.attention_every and (number + 1) % own.attention_every == 0:
+    if _is_middle(number, own.attention_every, spec.layers):
         return Kind.ATTENTION
-    if own.long_convolution_every and (number + 1) % own.long_convolution_every == 0:
+    if _is_middle(number, own.long_convolution_every, spec.layers):
         return Kind.LONG_CONVOLUTION
     return Kind.SCAN
+
+
+def _is_middle(number: int, every: int, layers: int) -> bool:
+    """Of its group of so many blocks; the last group may be cut off before its own."""
+    group = min(every, layers)
+    return group > 0 and number % group == group // 2
