@@ -1,8 +1,8 @@
-"""Resonate: a decoder whose tokens meet in a state instead of in attention, so that work per token stays the same
-however long the sequence grows.
+"""Resonate: a decoder most of whose blocks let tokens meet in a state instead of in attention, so that their work per
+token stays the same however long the sequence grows.
 
 A block is a mixer and a gated MLP, each on a normed copy and added to the residual stream. Most mixers are Mamba-2
-scans; a share of the blocks may attend instead (exact recall) or convolve with a fixed long filter.
+scans; a share of the blocks attends instead (exact recall), and may convolve with a fixed long filter.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
