@@ -29,7 +29,7 @@ from pylon_trainer.step import Batch, StepResult
 
 MakeConfig = Callable[..., dict[str, Any]]
 
-SIZES = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4}
+SIZES = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "attentionEvery": 0}
 PLAIN = {"architecture": "Resonate", "resonate": SIZES}
 ADAPTED = {
     "architecture": "Resonate",

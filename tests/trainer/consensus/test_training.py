@@ -56,7 +56,7 @@ def test_the_least_budget_that_a_refusal_names_is_kept_in_turns_of_control_too(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
     """A turn sends some 16 KB, as much as four times what is set aside for all that ranks say beside gradients."""
-    own = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "control": {"outerEverySteps": 8, "vectorSize": 4096}}
+    own = {"headWidth": 8, "stateSize": 8, "attentionEvery": 0, "control": {"outerEverySteps": 8, "vectorSize": 4096}}
 
     def run_within(budget_bytes: int) -> tuple[int, Pod]:
         fields = {"model": {"architecture": "Resonate", "resonate": own}, "schedule": {"steps": 10}, "checkpoint": None}

@@ -130,7 +130,7 @@ def test_a_turn_costs_as_much_as_a_step_of_one_micro_batch_and_a_tenth() -> None
 
 
 def test_neither_learner_writes_to_what_is_the_others(tmp_path: Path, make_config: MakeConfig) -> None:
-    own = {"headWidth": 8, "stateSize": 8, "chunkTokens": 4, "control": {"outerEverySteps": 8, "vectorSize": 16}}
+    own = {"headWidth": 8, "stateSize": 8, "attentionEvery": 0, "control": {"outerEverySteps": 8, "vectorSize": 16}}
     config = RunConfig.model_validate(make_config(model={"architecture": "Resonate", "resonate": own}))
 
     def take_part(world: World) -> None:

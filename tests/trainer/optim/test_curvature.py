@@ -68,6 +68,7 @@ def test_a_token_counts_once_as_use_of_the_codebook_though_labels_are_drawn_for_
     own = {
         "headWidth": 8,
         "stateSize": 8,
+        "attentionEvery": 0,
         "adaptation": {"rank": 2, "maximumRank": 4, "codebook": {"subKeys": 8, "width": 8}},
     }
     spec = ModelSpec.model_validate({"architecture": "Resonate", "layers": 1, "hiddenSize": 16, "resonate": own})
