@@ -64,6 +64,11 @@ def _adapted(**fields: Any) -> dict[str, Any]:
     return {"adaptation": {"rank": 32, "grow_every_steps": 0} | fields}
 
 
+def _kept(top_k: int) -> dict[str, int]:
+    """A codebook none of whose atoms is revived."""
+    return {"top_k": top_k, "revive_every_steps": 0}
+
+
 MUON_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 VARIANTS = {
@@ -80,10 +85,12 @@ VARIANTS = {
         Variant("resonate", "Relu", {"activation": "Relu"}),
         Variant("resonate", "low rank, no base", _adapted(base="Zero")),
         Variant("resonate", "low rank, seeded base", _adapted(base="Seed")),
-        Variant(
-            "resonate",
-            "low rank, seeded base, codebook",
-            _adapted(base="Seed", codebook={"revive_every_steps": 0}),
+        Variant("resonate", "rank 8, seeded base", _adapted(base="Seed", rank=8)),
+        *(
+            Variant(
+                "resonate", f"low rank, seeded base, codebook{ending}", _adapted(base="Seed", codebook=_kept(top_k))
+            )
+            for top_k, ending in ((4, ""), (1, " with top 1"), (16, " with top 16"))
         ),
         Variant("resonate", "control", {"control": {}}),
         Variant("resonate", "norm limit", {"stability": {}}),
