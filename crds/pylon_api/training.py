@@ -213,6 +213,17 @@ class ResonateSpec(Spec):
     """Large linear layers with few learnt ranks beside weights that do not learn. Unset: all weights learn."""
 
 
+_EXPORTED: dict[str, object] = {
+    "long_convolution_every": 0,
+    "groups": 1,  # transformers up to 5.17 norms all of them together
+    "activation": Activation.SILU,
+    "control": None,
+    "stability": None,
+    "adaptation": None,
+}
+"""What Resonate's fields must be for transformers to compute the same."""
+
+
 class ModelSpec(Spec):
     """The network. Defaults are the quickstart's: a byte-level Transformer that trains on two CPU cores."""
 
@@ -280,6 +291,20 @@ class ModelSpec(Spec):
     def adaptation(self) -> AdaptationSpec | None:
         """What is adapted, if anything is."""
         return None if self.resonate is None else self.resonate.adaptation
+
+    @property
+    def export_problem(self) -> str | None:
+        """Why it has no form in Hugging Face's files, in one line for people; None: it has one."""
+        own = self.resonate or ResonateSpec()
+        for name, needed in _EXPORTED.items():
+            value = getattr(own, name)
+            if value != needed:
+                rest = "unset" if needed is None else f"{needed}, not {value}"
+                return (
+                    f"export.format HuggingFace needs model.resonate.{to_camel(name)} {rest}: transformers has no form "
+                    f"for it; or set Disabled and use the checkpoint"
+                )
+        return None
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -933,8 +958,8 @@ class ExportSpec(Spec):
     """What is left when training has ended."""
 
     format: ExportFormat = ExportFormat.OFF
-    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer; needs architecture
-    Transformer. Disabled: nothing."""
+    """HuggingFace: safetensors and config.json with the tokenizer, for LlamaForCausalLM, or of Resonate for
+    GraniteMoeHybridForCausalLM, which has its scans and attention but not all of model.resonate. Disabled: nothing."""
     uri: Uri | None = None
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
@@ -1013,9 +1038,12 @@ class TrainingSpec(Spec):
                 "optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature so",
             ),
             rule(
-                "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
-                " || self.model.architecture == 'Transformer'",
-                "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
+                "!has(self.export) || self.export.format == 'Disabled' || !has(self.model) || !has(self.model.resonate)"
+                " || (self.model.resonate.longConvolutionEvery == 0 && self.model.resonate.groups == 1"
+                " && self.model.resonate.activation == 'Silu' && !has(self.model.resonate.control)"
+                " && !has(self.model.resonate.stability) && !has(self.model.resonate.adaptation))",
+                "export.format HuggingFace needs model.resonate.longConvolutionEvery 0, groups 1, activation Silu, and "
+                "control, stability and adaptation unset: transformers has no form for others",
             ),
             rule(
                 "!has(self.optimizer) || !has(self.optimizer.lookahead) || !has(self.consensus)"
@@ -1070,12 +1098,8 @@ class TrainingSpec(Spec):
 
     @model_validator(mode="after")
     def _export_has_a_form(self) -> Self:
-        architecture = self.model.architecture
-        if self.export.format is not ExportFormat.OFF and architecture is not Architecture.TRANSFORMER:
-            raise ValueError(
-                f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
-                f"the format has no form for it; set Disabled and use the checkpoint"
-            )
+        if self.export.format is not ExportFormat.OFF and (problem := self.model.export_problem):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
