@@ -93,7 +93,7 @@ def weights_of(model: Decoder) -> dict[str, Tensor]:
     mlp = LLAMA_MLP if isinstance(model, Transformer) else HYBRID_MLP
     for number, block in enumerate(model.blocks):
         for theirs, ours in (MIXERS[kind_of(model.spec, number)] | mlp).items():
-            weight = torch.cat([block.get_parameter(name) for name in ours])
+            weight = torch.cat([block.get_parameter(name).cpu() for name in ours])
             # A convolution of theirs has a dimension for channels that it mixes, which here is each by itself.
             weights[f"model.layers.{number}.{theirs}"] = weight.unsqueeze(1) if "conv1d.weight" in theirs else weight
     if not model.spec.tie_embeddings:
