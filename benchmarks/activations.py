@@ -25,6 +25,7 @@ import torch
 from gate_quality import CORPUS, COSINE, LEARNING_RATE
 from measure import (
     RESULTS,
+    captured,
     copy_bytes_per_s,
     device_name,
     milliseconds,
@@ -35,7 +36,6 @@ from measure import (
 )
 from python_corpus import read_corpus
 from quality_runs import Laboratory, Phase, Scale, Strategy
-from row_attention import captured
 from torch import Tensor
 
 from pylon_api.training import Compile, ModelSpec
@@ -62,7 +62,7 @@ PLAIN = Strategy("plain")
 
 
 def spec_of(activation: str, **fields: Any) -> dict[str, Any]:
-    return {"architecture": "Resonate", "resonate": {"activation": activation}, **fields}
+    return {"architecture": "Resonate", "resonate": {"activation": activation, "attention_every": 0}, **fields}
 
 
 class PlainBinlop(Binlop):

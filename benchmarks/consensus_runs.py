@@ -60,7 +60,13 @@ SCALES = {
     "medium": Scale({"layers": 12, "hidden_size": 640, "heads": 10}, 64, 512, 2000, 1_200_000, 1e-3),
     "large": Scale({"layers": 12, "hidden_size": 896, "heads": 14}, 64, 512, 2000, 2_000_000, 6e-4),
     "resonate": Scale(
-        {"architecture": "Resonate", "layers": 10, "hidden_size": 640, "heads": 10, "resonate": {"attention_every": 6}},
+        {
+            "architecture": "Resonate",
+            "layers": 10,
+            "hidden_size": 640,
+            "heads": 10,
+            "resonate": {"attention_every": 10},
+        },
         *(64, 512, 2000, 1_200_000, 1e-3),
     ),
 }

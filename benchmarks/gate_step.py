@@ -53,12 +53,11 @@ class Shape:
         return build_model(ModelSpec.model_validate(fields), vocab_size=self.vocabulary)
 
 
+SCANS = {"architecture": "Resonate", "resonate": {"attention_every": 0}}
 SHAPES = {
     "cpu": {
         "14M": Shape({"layers": 4, "hidden_size": 512, "heads": 8}, 2048, sequences=4, tokens=256),
-        "12M Resonate": Shape(
-            {"architecture": "Resonate", "layers": 3, "hidden_size": 512, "heads": 8}, 2048, sequences=4, tokens=256
-        ),
+        "12M Resonate": Shape(SCANS | {"layers": 3, "hidden_size": 512, "heads": 8}, 2048, sequences=4, tokens=256),
     },
     "cuda": {
         "1.17B": Shape(
@@ -71,7 +70,7 @@ SHAPES = {
             tokens=2048,
         ),
         "122M Resonate": Shape(
-            {"architecture": "Resonate", "layers": 10, "hidden_size": 768, "heads": 12, "intermediate_size": 2048},
+            SCANS | {"layers": 10, "hidden_size": 768, "heads": 12, "intermediate_size": 2048},
             49152,
             sequences=8,
             tokens=8192,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,6 +24,29 @@ def milliseconds(function: Callable[[], object], repeat_ms: int = 200) -> float:
     from triton.testing import do_bench  # not where there is no device
 
     return float(do_bench(function, warmup=25, rep=repeat_ms, return_mode="median"))
+
+
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """Replays what a call has the device do, so that what is timed is the device and not the host that launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and lets libraries choose
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def both_ways_ms(forward: Callable[[], Tensor], *leaves: Tensor) -> tuple[float, float]:
+    """Milliseconds of a forward pass without gradients, and of what both ways with gradients for the leaves add."""
+    d_y = torch.randn_like(forward())
+    with torch.no_grad():
+        forward_ms = milliseconds(captured(forward))
+    return forward_ms, milliseconds(captured(lambda: torch.autograd.grad(forward(), leaves, d_y))) - forward_ms
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -3,7 +3,8 @@
     python benchmarks/mixer_kernels.py
 
 Inputs are strided as in a mixer, parts of a projection's or the convolution's output. Forward is without gradients,
-backward alone. Bytes are those that must be read and written once; weights and sums over tokens are not counted.
+backward what both ways add to it; passes are captured as graphs, as the smaller shape's take less time than their
+launches. Bytes are those that must be read and written once; weights and sums over tokens are not counted.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._functorch.config
-from measure import copy_bytes_per_s, milliseconds, publish, results_directory
+from measure import both_ways_ms, copy_bytes_per_s, publish, results_directory
 from torch import Tensor
 
 from pylon_trainer.kernels.convolution import operators as convolution
@@ -66,7 +66,11 @@ def measure(name: str, sequences: int, tokens: int, hidden: int, copy: float) ->
     out = kernel(*tensors, *rest)
     # Forward reads what is large and writes the result; backward reads both and writes gradients of what is large.
     moved_bytes = {"forward": large_bytes + out.nbytes, "backward": 2 * large_bytes + out.nbytes}
-    ours_ms, compiled_ms = (_both_ways_ms(run, tensors, rest) for run in (kernel, torch.compile(plain, dynamic=False)))
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    ours_ms, compiled_ms = (
+        dict(zip(moved_bytes, both_ways_ms(partial(run, *leaves, *rest), *leaves), strict=True))
+        for run in (kernel, torch.compile(plain, dynamic=False))
+    )
     return [
         {
             "kernel": name,
@@ -82,18 +86,8 @@ def measure(name: str, sequences: int, tokens: int, hidden: int, copy: float) ->
     ]
 
 
-def _both_ways_ms(run: Operation, tensors: list[Tensor], rest: tuple[object, ...]) -> dict[str, float]:
-    with torch.no_grad():
-        forward_ms = milliseconds(lambda: run(*tensors, *rest))
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out = run(*leaves, *rest)
-    backward = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
-    return {"forward": forward_ms, "backward": milliseconds(backward)}
-
-
 def main() -> None:
     directory = results_directory("Measure the kernels around a mixer's scan.")
-    torch._functorch.config.donated_buffer = False  # the way back is run many times
     copy = copy_bytes_per_s()
     rows = [row for shape in SHAPES for name in KERNELS for row in measure(name, *shape, copy)]
     publish("mixer_kernels", rows, directory)

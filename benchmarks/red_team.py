@@ -86,7 +86,7 @@ def report(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ]
     for title, rows in (
         (
-            "What parts of Resonate add, beside the trunk alone (loss in nats a token; negative is better):",
+            "What parts of Resonate add, beside a trunk that never attends (loss in nats a token; negative is better):",
             ablations(results[QUALITY]),
         ),
         ("Ways to exchange gradients:", recipes(results[CONSENSUS])),

@@ -22,7 +22,7 @@ from red_team_measures import (
     speed_to,
     uncounted_bytes,
 )
-from resonate_table import SHARE, difference, name_of
+from resonate_table import SHARE, difference, name_of, step_time
 
 THROUGHPUT, QUALITY = "resonate_throughput", "resonate_quality"
 CONSENSUS = "consensus"
@@ -139,13 +139,13 @@ CLAIMS = [
         "{:.2f}x",
         most_activations_to("mamba2"),
     ),
-    *_of_quality("resonate", "Trunk"),
-    *_of_quality("resonate: attention", "One layer of attention"),
+    *_of_quality("resonate: attention", "Resonate"),
+    *_of_quality("resonate", "Without attention"),
     *(
         claim
         for variant, shown in (
-            ("resonate: Muon", "Both with Muon"),
-            ("resonate: attention, Muon", "Both with Muon, and a layer of attention"),
+            ("resonate: attention, Muon", "Both with Muon"),
+            ("resonate: Muon", "Both with Muon, without attention"),
         )
         for claim in _of_losses(variant, shown, "transformer: Muon", _RIVALS["transformer"])
     ),
@@ -185,10 +185,10 @@ def judge(results: Mapping[str, Rows]) -> list[dict[str, str]]:
 
 
 def ablations(rows: Rows) -> list[dict[str, str]]:
-    """What each part of Resonate adds or costs, beside the trunk alone; on every device."""
+    """What each part of Resonate adds and costs, beside a trunk that never attends; on every device."""
     lines = []
     for device in dict.fromkeys(row["device"] for row in rows):
-        same = [row for row in rows if row["device"] == device]
+        same = [row for row in rows if row["device"] == device and row["task"] == "text"]
         own_rows = [row for row in same if row["architecture"] == "resonate" and row["ablation"]]
         for name in dict.fromkeys(map(name_of, own_rows)):
             own = next(row for row in own_rows if name_of(row) == name)
@@ -198,7 +198,8 @@ def ablations(rows: Rows) -> list[dict[str, str]]:
                 for budget, one in found.items()
             }
             part = {"part": str(own["ablation"]), "device": str(device), "parameters": f"{own['parameters']:,}"}
-            lines.append(part | losses)
+            time = step_time(same, name, "resonate")
+            lines.append(part | losses | {"time of a step": f"{time:.2f}x" if time else ""})
     return lines
 
 

@@ -7,10 +7,10 @@
 
 Text is Python sources (python_corpus.py), recall is MQAR (recall.py). Runs of a seed see the same data in the same
 order. Budgets of text: `tokens`, the same for all; `seconds`, those that the Transformer of the seed took for its
-tokens, each run with a whole schedule of its own (quality_runs.py); `0.8 tokens`. A tenth of a run is warm-up. The peak
-learning rate of a variant is where the held-out loss of runs of seed 1000, a quarter as long, is lowest: from the
-middle of its list they go down or up as long as that helps; for recall likewise, by the answers of whole runs of seed
-0. Clocks leave out evaluation; those of text leave out compilation too.
+tokens, each run with a whole schedule of its own (quality_runs.py); `0.8 tokens`; `speed`, a few steps to time them. A
+tenth of a run is warm-up. The peak learning rate of a variant is where the held-out loss of runs of seed 1000, a
+quarter as long, is lowest: from the middle of its list they go down or up as long as that helps; for recall likewise,
+by the answers of whole runs of seed 0. Clocks leave out evaluation; those of text leave out compilation too.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from measure import RESULTS, device_name, print_table, read_rows, write_results
 from python_corpus import VOCABULARY, Ids, read_corpus
 from quality_runs import SCHEDULE_STEPS, Laboratory, Outcome, Phase, Scale
 from recall import Result, Task, train
-from resonate_table import SHARE, name_of, summarise
+from resonate_table import SHARE, SPEED, name_of, summarise
 from resonate_variants import CORE, LARGE, SMALL, VARIANTS, Shape, Variant
 
 from pylon_api.training import Compile, ScheduleSpec
 
 BASELINE = "transformer"
-BUDGETS = ("tokens", "seconds", SHARE)
+BUDGETS = ("tokens", "seconds", SHARE, SPEED)
+SPEED_STEPS = 96
 SCHEDULE = ScheduleSpec(steps=SCHEDULE_STEPS, warmup_steps=SCHEDULE_STEPS // 10)
 RATE_SEED = 1000
 RATE_SHARE = 0.25
@@ -116,6 +117,10 @@ class Study:
             if variant.architecture != "resonate":
                 return
             outcome = contender.train(seed, steps=round(0.8 * steps))
+        elif budget == SPEED:
+            if seed:
+                return
+            outcome = contender.train(seed, steps=SPEED_STEPS)
         else:
             outcome = contender.train(seed, steps=steps)
         self._keep(

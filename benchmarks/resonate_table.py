@@ -15,6 +15,8 @@ Row = Mapping[str, Any]
 
 SHARE = "0.8 tokens"
 """Budget of four fifths of the tokens: the claim that they are enough."""
+SPEED = "speed"
+"""Budget of a few steps, to see what one takes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ def _are_comparable(own: Row, other: Row) -> bool:
         return bool(own["compile"] == other["compile"] and abs(own["seconds"] / other["seconds"] - 1) < 0.2)
     share = 0.8 if own["budget"] == SHARE else 1.0
     return bool(abs(own["tokens"] / other["tokens"] - share) < 0.02)
+
+
+def step_time(rows: Iterable[Row], variant: str, rival: str) -> float | None:
+    """Of a variant, as a multiple of the rival's. None: one of them has no such row."""
+    timed = [row for row in rows if row["budget"] == SPEED]
+    times = {name_of(row): row["seconds"] / row["tokens"] for row in timed}
+    return times[variant] / times[rival] if variant in times and rival in times else None
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ SIZES = {
 def build(architecture: str, size: Size, device: torch.device, kernel: str) -> Decoder:
     fields = size.model | {"layers": size.layers[architecture]}
     if architecture != "transformer":
-        own = {"scan_kernel": kernel} | ({"attention_every": fields["layers"]} if "attention" in architecture else {})
+        own = {"scan_kernel": kernel, "attention_every": 8 if "attention" in architecture else 0}
         fields |= {"architecture": "Resonate", "resonate": own}
     spec = ModelSpec.model_validate(fields)
     torch.manual_seed(0)

@@ -28,17 +28,13 @@ LARGE = Shape({"hidden_size": 512, "heads": 8}, {"transformer": 8, "mamba2": 16,
 SMALL = Shape({"hidden_size": 64, "heads": 4}, {"transformer": 2, "mamba2": 4, "resonate": 2})
 
 
-MIDDLE = "middle"
-"""As a period of layers: that of just the one in the middle."""
-
-
 @dataclass(frozen=True)
 class Variant:
     """One column of the comparison."""
 
     architecture: str
     ablation: str = ""
-    """What differs from the architecture as such; empty: nothing."""
+    """What differs from a trunk that never attends; empty: nothing."""
     resonate: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "AdamW"
     rates: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
@@ -56,10 +52,9 @@ class Variant:
 
     def build(self, shape: Shape, vocabulary: int) -> Decoder:
         """Fresh weights, from torch's generator as it stands."""
-        fields = shape.model | {"layers": (layers := shape.layers[self.architecture])}
+        fields = shape.model | {"layers": shape.layers[self.architecture]}
         if self.architecture != "transformer":
-            own = {key: layers // 2 + 1 if value == MIDDLE else value for key, value in self.resonate.items()}
-            fields |= {"architecture": "Resonate", "resonate": own}
+            fields |= {"architecture": "Resonate", "resonate": {"attention_every": 0} | self.resonate}
         spec = ModelSpec.model_validate(fields)
         return Mamba2(spec, vocabulary) if self.architecture == "mamba2" else build_model(spec, vocab_size=vocabulary)
 
@@ -78,8 +73,8 @@ VARIANTS = {
         Variant("transformer", "Muon", optimizer="Muon", rates=MUON_RATES),
         Variant("mamba2"),
         Variant("resonate"),
-        Variant("resonate", "attention", {"attention_every": MIDDLE}),
-        Variant("resonate", "long convolution", {"long_convolution_every": MIDDLE}),
+        Variant("resonate", "attention", {"attention_every": 8}),
+        Variant("resonate", "long convolution", {"long_convolution_every": 8}),
         Variant("resonate", "Binlop", {"activation": "Binlop"}),
         Variant("resonate", "Gelu", {"activation": "Gelu"}),
         Variant("resonate", "Relu", {"activation": "Relu"}),
@@ -93,7 +88,7 @@ VARIANTS = {
         Variant("resonate", "control", {"control": {}}),
         Variant("resonate", "norm limit", {"stability": {}}),
         Variant("resonate", "Muon", optimizer="Muon", rates=MUON_RATES),
-        Variant("resonate", "attention, Muon", {"attention_every": MIDDLE}, optimizer="Muon", rates=MUON_RATES),
+        Variant("resonate", "attention, Muon", {"attention_every": 8}, optimizer="Muon", rates=MUON_RATES),
         Variant("resonate", "Lion", optimizer="Lion", rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
         Variant("resonate", "Adafactor", optimizer="Adafactor", rates=(1e-2, 2e-2, 4e-2, 8e-2)),
     )

@@ -9,12 +9,11 @@ to the rows' own keys and values, `dense_backward` and the others to the keys an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import milliseconds, publish, results_directory
+from measure import both_ways_ms, publish, results_directory
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,28 +24,6 @@ RATIOS = [0.5, 0.25, 0.125]
 FLASH_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
-def times(attend: Callable[[], Tensor], *leaves: Tensor) -> tuple[float, float]:
-    """Milliseconds of a forward and a backward pass, as the device spends them: both are captured as graphs."""
-    d_y = torch.randn_like(attend())
-    with torch.no_grad():
-        forward_ms = milliseconds(captured(attend))
-    return forward_ms, milliseconds(captured(lambda: torch.autograd.grad(attend(), leaves, d_y))) - forward_ms
-
-
-def captured(function: Callable[[], object]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and lets libraries choose
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    replay: Callable[[], None] = graph.replay
-    return replay
-
-
 def full_times(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> tuple[float, float]:
     def attend() -> Tensor:
         return F.scaled_dot_product_attention(q_BHTE, k_BJTE, v_BJTE, is_causal=True, enable_gqa=True)
@@ -54,7 +31,7 @@ def full_times(q_BHTE: Tensor, k_BJTE: Tensor, v_BJTE: Tensor) -> tuple[float, f
     measured = []
     for backend in FLASH_BACKENDS:
         with sdpa_kernel(backend):
-            measured.append(times(attend, q_BHTE, k_BJTE, v_BJTE))
+            measured.append(both_ways_ms(attend, q_BHTE, k_BJTE, v_BJTE))
     return min(measured, key=sum)
 
 
@@ -75,16 +52,18 @@ def measure(shape: str, ratio: float) -> dict[str, Any]:
     q_HKE, own_k_JKE, own_v_JKE = (
         x_BHTE.detach().transpose(0, 1).flatten(1, 2)[:, rows_K].requires_grad_() for x_BHTE in (q_BHTE, k_BJTE, v_BJTE)
     )
-    forward_ms, backward_ms = times(
+    forward_ms, backward_ms = both_ways_ms(
         lambda: attend_rows(q_HKE, k_BJTE, v_BJTE, layout, (own_k_JKE, own_v_JKE)), q_HKE, own_k_JKE, own_v_JKE
     )
-    _, dense_backward_ms = times(lambda: attend_rows(q_HKE, k_BJTE, v_BJTE, layout), q_HKE, k_BJTE, v_BJTE)
+    _, dense_backward_ms = both_ways_ms(lambda: attend_rows(q_HKE, k_BJTE, v_BJTE, layout), q_HKE, k_BJTE, v_BJTE)
 
     t_BC = padded(rows_K, B, T)
     q_BHCE = q_BHTE.detach().gather(2, t_BC[:, None, :, None].expand(-1, H, -1, E)).requires_grad_()
     mask_B1CT = (torch.arange(T, device="cuda") <= t_BC[:, :, None]).unsqueeze(1)
     leaves = q_BHCE, k_BJTE, v_BJTE
-    masked = times(lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask_B1CT, enable_gqa=True), *leaves)
+    masked = both_ways_ms(
+        lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask_B1CT, enable_gqa=True), *leaves
+    )
     full = full_times(q_BHTE, k_BJTE, v_BJTE)
     return {
         "shape": shape,

@@ -190,12 +190,14 @@ class ResonateSpec(Spec):
     chunk_tokens: int = Field(default=64, ge=1, le=1024)
     """Tokens that a scan or a long convolution in PyTorch takes at a time as one product of matrices. It changes speed
     and memory, not results; the scan's Triton kernels choose for themselves."""
-    attention_every: int = Field(default=0, ge=0, le=1024)
-    """Every so many blocks one attends instead of scanning: 8 makes blocks 8, 16, ... attention, which restores exact
-    recall at a cost that grows with the sequence. 0 has none."""
+    attention_every: int = Field(default=8, ge=0, le=1024)
+    """Of so many blocks, or of all where there are fewer, the middle one attends instead of scanning: 8 makes it
+    blocks 5, 13, 21, ..., in a model of 6 blocks the fourth. That restores exact recall at a cost that grows with the
+    sequence. 1 makes all blocks so, 0 none."""
     long_convolution_every: int = Field(default=0, ge=0, le=1024)
-    """Every so many blocks one convolves over the whole past with a learnt filter that does not depend on the tokens,
-    instead of scanning; where attentionEvery falls on the same block, it attends. 1 makes all blocks so, 0 none."""
+    """Of so many blocks, or of all where there are fewer, the middle one convolves over the whole past with a learnt
+    filter that does not depend on the tokens, instead of scanning; where attentionEvery falls on the same block, it
+    attends. 1 makes all blocks so, 0 none."""
     activation: Activation = Activation.SILU
     """Of the gate in every MLP. Binlop: straight lines with two knees, odd and invertible, whose knees and slopes each
     layer learns; of magnitude at least binlopMinimumSlope everywhere, so it never saturates."""
@@ -229,7 +231,8 @@ class ModelSpec(Spec):
 
     architecture: Architecture = Architecture.TRANSFORMER
     """Transformer: pre-norm decoder with RoPE, SwiGLU, grouped-query attention and RMSNorm. Resonate: the same with a
-    state-space scan (Mamba-2) where the Transformer attends; its work per token does not grow with the sequence."""
+    state-space scan (Mamba-2) in place of attention but in one block of eight; a scan's work per token does not grow
+    with the sequence."""
     layers: int = Field(default=4, ge=1, le=1024)
     """Number of blocks."""
     hidden_size: int = Field(default=128, ge=8, le=65536)
@@ -272,11 +275,6 @@ class ModelSpec(Spec):
                 "!has(self.resonate) || self.hiddenSize * self.resonate.expand"
                 " % (self.resonate.headWidth * self.resonate.groups) == 0",
                 "the heads (hiddenSize x resonate.expand / resonate.headWidth) must be divisible by resonate.groups",
-            ),
-            rule(
-                "!has(self.resonate) || (self.resonate.attentionEvery <= self.layers"
-                " && self.resonate.longConvolutionEvery <= self.layers)",
-                "resonate.attentionEvery and resonate.longConvolutionEvery must not exceed layers",
             ),
             rule(
                 "!has(self.resonate) || !has(self.resonate.adaptation) || self.hiddenSize >"
@@ -332,12 +330,6 @@ class ModelSpec(Spec):
                 f"the {channels // own.head_width} heads (hiddenSize x resonate.expand / resonate.headWidth) must be "
                 f"divisible by resonate.groups {own.groups}"
             )
-        for name, every in (
-            ("attentionEvery", own.attention_every),
-            ("longConvolutionEvery", own.long_convolution_every),
-        ):
-            if every > self.layers:
-                raise ValueError(f"resonate.{name} {every} must not exceed layers {self.layers}; 0 switches it off")
         adaptation = own.adaptation
         if adaptation is not None and adaptation.allocated_rank >= self.hidden_size:
             raise ValueError(

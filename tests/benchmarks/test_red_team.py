@@ -11,6 +11,8 @@ import pytest
 import red_team
 import red_team_claims
 from red_team_claims import CLAIMS, CONSENSUS, FIELDS, QUALITY, THROUGHPUT, judge
+from red_team_measures import RESONATE
+from resonate_table import SPEED
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +43,7 @@ def exchange(codec: str, bytes_per_step: float, above_exact: float | None, **fie
 
 RECOMPUTED = [
     throughput("transformer", 1, gib=4.0),
-    *(throughput(name, 1) | {"recompute": "Blocks"} for name in ("transformer", "resonate")),
+    *(throughput(name, 1) | {"recompute": "Blocks"} for name in ("transformer", RESONATE)),
 ]
 
 
@@ -56,8 +58,8 @@ TO_MAMBA = "Throughput, as a multiple of plain Mamba-2's, at worst"
 ACTIVATIONS = "Peak activations, as a multiple of the Transformer's, at worst"
 BOTH_RECOMPUTE = "The same, both recomputing whole blocks"
 ONE_RECOMPUTES = "The same, Resonate alone recomputing them"
-LOSS = "Trunk: loss beyond the Transformer's, equal tokens"
-RECALL = "Trunk: right answers beyond the Transformer's (MQAR)"
+LOSS = "Without attention: loss beyond the Transformer's, equal tokens"
+RECALL = "Without attention: right answers beyond the Transformer's (MQAR)"
 BYTES = "Bytes of a step and rank, all in, mean"
 ABOVE_EXACT = "Loss above the exact sum's"
 
@@ -65,35 +67,35 @@ ABOVE_EXACT = "Loss above the exact sum's"
 @pytest.mark.parametrize(
     ("claim", "verdict", "measured", "rows"),
     [
-        (AT_8K, "met", "1.20x", [throughput("transformer", 100), throughput("resonate", 120)]),
-        (AT_8K, "missed", "1.19x", [throughput("transformer", 100), throughput("resonate", 119)]),
+        (AT_8K, "met", "1.20x", [throughput("transformer", 100), throughput(RESONATE, 120)]),
+        (AT_8K, "missed", "1.19x", [throughput("transformer", 100), throughput(RESONATE, 119)]),
         (
             AT_8K,
             "met",
             "1.50x",
-            [throughput("transformer", 100), throughput("resonate", 90), throughput("resonate", 150)],
+            [throughput("transformer", 100), throughput(RESONATE, 90), throughput(RESONATE, 150)],
         ),
         (AT_8K, "not measured", "", [throughput("transformer", 100)]),
-        (AT_32K, "not measured", "", [throughput("transformer", 100), throughput("resonate", 120)]),
+        (AT_32K, "not measured", "", [throughput("transformer", 100), throughput(RESONATE, 120)]),
         (
             TO_MAMBA,
             "missed",
             "0.50x",
             [
                 *(throughput("mamba2", 100, n) for n in (8192, 32768)),
-                throughput("resonate", 200),
-                throughput("resonate", 50, 32768),
+                throughput(RESONATE, 200),
+                throughput(RESONATE, 50, 32768),
             ],
         ),
-        (ACTIVATIONS, "met", "0.25x", [throughput("transformer", 1, gib=4.0), throughput("resonate", 1)]),
-        (ACTIVATIONS, "missed", "0.50x", [*RECOMPUTED, throughput("resonate", 1, gib=2.0)]),
+        (ACTIVATIONS, "met", "0.25x", [throughput("transformer", 1, gib=4.0), throughput(RESONATE, 1)]),
+        (ACTIVATIONS, "missed", "0.50x", [*RECOMPUTED, throughput(RESONATE, 1, gib=2.0)]),
         (BOTH_RECOMPUTE, "missed", "1.00x", RECOMPUTED),
         (ONE_RECOMPUTES, "met", "0.25x", RECOMPUTED),
         (
             ACTIVATIONS,
             "not measured",
             "",
-            [throughput("transformer", 1, gib=None), throughput("resonate", 1, gib=None)],
+            [throughput("transformer", 1, gib=None), throughput(RESONATE, 1, gib=None)],
         ),
     ],
 )
@@ -180,9 +182,13 @@ def test_a_projection_is_called_one() -> None:
 
 def test_parts_are_shown_with_what_they_cost() -> None:
     rows = [quality("resonate", 2.0), quality("resonate: Binlop", 2.1), quality("resonate", 3.0, device="cpu")]
+    rows += [
+        quality(name, 4.0, budget=SPEED) | {"seconds": s} for name, s in (("resonate", 2), ("resonate: Binlop", 3))
+    ]
     (line,) = red_team_claims.ablations(rows)
     assert (line["part"], line["device"]) == ("Binlop", "H200")
     assert line["loss, equal tokens"] == "+0.1000 (one seed)"
+    assert line["time of a step"] == "1.50x"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -225,7 +231,7 @@ def test_a_damaged_file_is_named_in_one_line(
 def test_the_tables_go_between_the_marks_of_a_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(tmp_path, THROUGHPUT, [throughput("transformer", 100), throughput("resonate", 120)])
+    write(tmp_path, THROUGHPUT, [throughput("transformer", 100), throughput(RESONATE, 120)])
     page = tmp_path / "page.md"
     page.write_text(f"# Title\n\n{red_team.BEGIN}\nold\n{red_team.END}\n\n## More\n")
     for _ in range(2):

@@ -102,8 +102,8 @@ COMPANIONS: dict[Path, dict[Path, Any]] = {
             "convWidth": {},
             "groups": {"spec.training.model.resonate.headWidth": 1},
             "chunkTokens": {},
-            "attentionEvery": {"spec.training.model.layers": 1024},
-            "longConvolutionEvery": {"spec.training.model.layers": 1024},
+            "attentionEvery": {},
+            "longConvolutionEvery": {},
             "activation": {},
             "binlopMinimumSlope": {},
             "scanKernel": {},
@@ -304,11 +304,6 @@ RULE_CASES = [
         "heads that do not split into groups",
         {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"groups": 3}}},
         "divisible by resonate.groups",
-    ),
-    Case(
-        "attention above the model",
-        {f"{TRAINING}.model": {"architecture": "Resonate", "layers": 4, "resonate": {"attentionEvery": 5}}},
-        "must not exceed layers",
     ),
     Case("adaptation as it is", {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": {"adaptation": {}}}}),
     Case(

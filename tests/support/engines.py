@@ -40,20 +40,20 @@ ROW_ENGINES = ENGINES[1:]
 
 RESONATE: dict[str, Any] = {
     "architecture": "Resonate",
+    "layers": 4,
     "resonate": {
         "stateSize": 8,
         "headWidth": 16,
         "chunkTokens": 4,
-        "longConvolutionEvery": 2,
-        "attentionEvery": 3,
+        "longConvolutionEvery": 3,
+        "attentionEvery": 4,
         "control": {"vectorSize": 8},
         "stability": {},
     },
 }
 """A model with every kind of block, and ports."""
 
-ADAPTED = {
-    "architecture": "Resonate",
+ADAPTED = RESONATE | {
     "resonate": RESONATE["resonate"]
     | {"adaptation": {"rank": 4, "maximumRank": 8, "codebook": {"subKeys": 8, "width": 8, "topK": 3}}},
 }

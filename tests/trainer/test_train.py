@@ -165,12 +165,12 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
 def test_resonate_trains_with_every_gate(
     gating: dict[str, Any], activation: str, tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    own = {**SIZES, "attentionEvery": 3, "longConvolutionEvery": 2, "activation": activation}
+    own = {**SIZES, "attentionEvery": 4, "longConvolutionEvery": 3, "activation": activation}
     fixed = {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.5} | gating
     exit_code, pod = run_pod(
         tmp_path,
         make_config(
-            model={"architecture": "Resonate", "layers": 3, "resonate": own},
+            model={"architecture": "Resonate", "layers": 4, "resonate": own},
             data={"packing": "Isolated"},
             schedule={"steps": 30},
             gating=fixed if gating else {},

@@ -185,7 +185,7 @@ def test_kernels_at_full_size(heads, groups, width, size, documents, dtype) -> N
 @pytest.mark.gpu
 def test_a_compiled_block_is_one_graph() -> None:
     """Forward and backward of a whole block in bfloat16, with what it recomputes, against the same block eagerly."""
-    spec = ModelSpec.model_validate({"architecture": "Resonate", "hiddenSize": 128, "layers": 1})
+    spec = ModelSpec.model_validate({"architecture": "Resonate", "hiddenSize": 128, "layers": 2})
     model = build_model(spec, vocab_size=64).to("cuda")
     block, context = model.blocks[0], model.context(torch.zeros(2, 200, dtype=torch.int64, device="cuda"))
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from pylon_trainer.step import Batch
 
 MODELS: dict[str, dict[str, Any]] = {
     "Transformer": {},
-    "Resonate": {"architecture": "Resonate", "resonate": {"attentionEvery": 3, "headWidth": 16, "stateSize": 8}},
+    "Resonate": {"architecture": "Resonate", "resonate": {"attentionEvery": 2, "headWidth": 16, "stateSize": 8}},
     "adapted, with a codebook that blocks share": {
         "architecture": "Resonate",
         "resonate": {"headWidth": 16, "stateSize": 8, "adaptation": {"rank": 2, "growEverySteps": 0, "codebook": {}}},

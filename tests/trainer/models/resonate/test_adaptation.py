@@ -43,10 +43,10 @@ RANKS = {"rank": 2, "maximumRank": 8, "growEverySteps": 10}
 def model_of(adaptation: dict[str, Any] | None, seed: int = 0) -> Resonate:
     """A tiny model with every kind of block."""
     torch.manual_seed(seed)
-    own = {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 2, "attentionEvery": 3}
+    own = {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 3, "attentionEvery": 4}
     if adaptation is not None:
         own |= {"adaptation": RANKS | adaptation}
-    spec = {"architecture": "Resonate", "layers": 3, "hiddenSize": 48, "heads": 4, "initializerStd": 0.15}
+    spec = {"architecture": "Resonate", "layers": 4, "hiddenSize": 48, "heads": 4, "initializerStd": 0.15}
     model = build_model(ModelSpec.model_validate(spec | {"resonate": own}), vocab_size=VOCABULARY)
     assert isinstance(model, Resonate)
     return model
@@ -72,6 +72,7 @@ def test_every_large_layer_is_adapted_and_nothing_else() -> None:
         "blocks.0": ["mixer.input", "mixer.output"],
         "blocks.1": ["mixer.input", "mixer.output"],
         "blocks.2": [f"attention.{name}" for name in ("query", "key", "value", "output")],
+        "blocks.3": ["mixer.input", "mixer.output"],
     }
     assert sorted(layers) == sorted(f"{block}.{path}" for block, paths in kinds.items() for path in paths + mlp)
 
@@ -152,7 +153,7 @@ def test_generated_weights_are_the_same_in_every_process_and_in_no_checkpoint() 
 
 def test_layers_are_generated_unlike_each_other() -> None:
     weights = [layer.weight for layer in adapted_layers(model_of({})).values() if layer.weight is not None]
-    assert len({float(weight.flatten()[0]) for weight in weights}) == len(weights) == 17
+    assert len({float(weight.flatten()[0]) for weight in weights}) == len(weights) == 22
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "isolated documents"])

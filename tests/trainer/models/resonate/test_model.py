@@ -11,19 +11,20 @@ from compilers import without_code
 from pydantic import ValidationError
 from torch import Tensor
 
-from pylon_api.training import ModelSpec
+from pylon_api.training import Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models import Decoder, Resonate, build_model
 from pylon_trainer.models.resonate import scan
 from pylon_trainer.models.resonate.cache import Cache
+from pylon_trainer.models.resonate.model import Kind, kind_of
 
 VOCABULARY = 97
 KINDS: dict[str, dict[str, Any]] = {
-    "scan": {},
-    "long convolution": {"longConvolutionEvery": 1},
+    "scan": {"attentionEvery": 0},
+    "long convolution": {"attentionEvery": 0, "longConvolutionEvery": 1},
     "attention": {"attentionEvery": 1},
-    "all three": {"longConvolutionEvery": 2, "attentionEvery": 3},
-    "groups": {"groups": 2},
-    "ports": {"longConvolutionEvery": 2, "attentionEvery": 3, "control": {"vectorSize": 8}, "stability": {}},
+    "all three": {"longConvolutionEvery": 3, "attentionEvery": 4},
+    "groups": {"attentionEvery": 0, "groups": 2},
+    "ports": {"longConvolutionEvery": 3, "attentionEvery": 4, "control": {"vectorSize": 8}, "stability": {}},
 }
 every_kind = pytest.mark.parametrize("own", KINDS.values(), ids=KINDS.keys())
 
@@ -33,7 +34,7 @@ def model_of(own: dict[str, Any], **fields: object) -> Decoder:
     torch.manual_seed(0)
     spec = {
         "architecture": "Resonate",
-        "layers": 3,
+        "layers": 4,
         "hiddenSize": 48,
         "heads": 4,
         "kvHeads": 2,
@@ -146,6 +147,16 @@ def test_bfloat16_is_close_to_float32(own: dict[str, Any]) -> None:
     assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("layers", "every", "attending"),
+    [(1, 8, [0]), (2, 8, [1]), (7, 8, [3]), (12, 8, [4]), (24, 8, [4, 12, 20]), (4, 1, [0, 1, 2, 3]), (6, 0, [])],
+)
+def test_the_middle_block_of_every_so_many_attends(layers: int, every: int, attending: list[int]) -> None:
+    own = ResonateSpec(attention_every=every)
+    spec = ModelSpec(architecture=Architecture.RESONATE, layers=layers, resonate=own)
+    assert [number for number in range(layers) if kind_of(spec, number) is Kind.ATTENTION] == attending
+
+
 def test_residual_projections_shrink_with_depth() -> None:
     model = model_of({}, layers=8, hiddenSize=128, initializerStd=0.05)
     assert isinstance(model, Resonate)
@@ -161,8 +172,6 @@ def test_residual_projections_shrink_with_depth() -> None:
         ({"hiddenSize": 40, "heads": 2, "resonate": {}}, "headWidth 64"),
         ({"hiddenSize": 40, "heads": 2, "resonate": None}, "headWidth 64"),
         ({"resonate": {"headWidth": 16, "groups": 4}}, "groups 4"),
-        ({"resonate": {"headWidth": 16, "attentionEvery": 4}}, "attentionEvery 4"),
-        ({"resonate": {"headWidth": 16, "longConvolutionEvery": 5}}, "longConvolutionEvery 5"),
         ({"architecture": "Transformer", "resonate": {}}, "Transformer"),
     ],
 )

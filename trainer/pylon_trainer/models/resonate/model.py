@@ -1,8 +1,8 @@
-"""Resonate: a decoder whose tokens meet in a state instead of in attention, so that work per token stays the same
-however long the sequence grows.
+"""Resonate: a decoder most of whose blocks let tokens meet in a state instead of in attention, so that their work per
+token stays the same however long the sequence grows.
 
 A block is a mixer and a gated MLP, each on a normed copy and added to the residual stream. Most mixers are Mamba-2
-scans; a share of the blocks may attend instead (exact recall) or convolve with a fixed long filter.
+scans; a share of the blocks attends instead (exact recall), and may convolve with a fixed long filter.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -153,8 +153,14 @@ def kind_of(spec: ModelSpec, number: int) -> Kind:
     if spec.architecture is Architecture.TRANSFORMER:
         return Kind.ATTENTION
     own = spec.resonate or ResonateSpec()
-    if own.attention_every and (number + 1) % own.attention_every == 0:
+    if _is_middle(number, own.attention_every, spec.layers):
         return Kind.ATTENTION
-    if own.long_convolution_every and (number + 1) % own.long_convolution_every == 0:
+    if _is_middle(number, own.long_convolution_every, spec.layers):
         return Kind.LONG_CONVOLUTION
     return Kind.SCAN
+
+
+def _is_middle(number: int, every: int, layers: int) -> bool:
+    """Of its group of so many blocks; the last group may be cut off before its own."""
+    group = min(every, layers)
+    return group > 0 and number % group == group // 2
