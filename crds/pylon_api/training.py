@@ -215,17 +215,6 @@ class ResonateSpec(Spec):
     """Large linear layers with few learnt ranks beside weights that do not learn. Unset: all weights learn."""
 
 
-_EXPORTED: dict[str, object] = {
-    "long_convolution_every": 0,
-    "groups": 1,  # transformers up to 5.17 norms all of them together
-    "activation": Activation.SILU,
-    "control": None,
-    "stability": None,
-    "adaptation": None,
-}
-"""What Resonate's fields must be for transformers to compute the same."""
-
-
 class ModelSpec(Spec):
     """The network. Defaults are the quickstart's: a byte-level Transformer that trains on two CPU cores."""
 
@@ -294,13 +283,19 @@ class ModelSpec(Spec):
     def export_problem(self) -> str | None:
         """Why it has no form in Hugging Face's files, in one line for people; None: it has one."""
         own = self.resonate or ResonateSpec()
-        for name, needed in _EXPORTED.items():
-            value = getattr(own, name)
+        for field, value, needed in (
+            ("longConvolutionEvery", own.long_convolution_every, 0),
+            ("groups", own.groups, 1),  # transformers up to 5.17 norms all of them together
+            ("activation", own.activation, Activation.SILU),
+            ("control", own.control, None),
+            ("stability", own.stability, None),
+            ("adaptation.codebook", own.adaptation and own.adaptation.codebook, None),
+        ):
             if value != needed:
                 rest = "unset" if needed is None else f"{needed}, not {value}"
                 return (
-                    f"export.format HuggingFace needs model.resonate.{to_camel(name)} {rest}: transformers has no form "
-                    f"for it; or set Disabled and use the checkpoint"
+                    f"export.format HuggingFace needs model.resonate.{field} {rest}: transformers has no form for it; "
+                    f"or set Disabled and use the checkpoint"
                 )
         return None
 
@@ -1033,9 +1028,10 @@ class TrainingSpec(Spec):
                 "!has(self.export) || self.export.format == 'Disabled' || !has(self.model) || !has(self.model.resonate)"
                 " || (self.model.resonate.longConvolutionEvery == 0 && self.model.resonate.groups == 1"
                 " && self.model.resonate.activation == 'Silu' && !has(self.model.resonate.control)"
-                " && !has(self.model.resonate.stability) && !has(self.model.resonate.adaptation))",
+                " && !has(self.model.resonate.stability) && (!has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.codebook)))",
                 "export.format HuggingFace needs model.resonate.longConvolutionEvery 0, groups 1, activation Silu, and "
-                "control, stability and adaptation unset: transformers has no form for others",
+                "control, stability and adaptation.codebook unset: transformers has no form for others",
             ),
             rule(
                 "!has(self.optimizer) || !has(self.optimizer.lookahead) || !has(self.consensus)"

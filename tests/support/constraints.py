@@ -383,7 +383,7 @@ RULE_CASES = [
         )
         for own, problem in [
             ({}, None),
-            ({"attentionEvery": 0, "headWidth": 32, "scanKernel": "PyTorch"}, None),
+            ({"attentionEvery": 0, "headWidth": 32, "adaptation": {}}, None),
             *(
                 (own, "export.format HuggingFace needs model.resonate")
                 for own in (
@@ -392,7 +392,7 @@ RULE_CASES = [
                     {"activation": "Gelu"},
                     {"control": {}},
                     {"stability": {}},
-                    {"adaptation": {}},
+                    {"adaptation": {"codebook": {}}},
                 )
             ),
         ]

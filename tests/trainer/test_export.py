@@ -15,6 +15,7 @@ from pylon_trainer.data.tokenizer import ByteTokenizer
 from pylon_trainer.errors import ConfigError, StorageError
 from pylon_trainer.export import export_hugging_face
 from pylon_trainer.models import Decoder, build_model
+from pylon_trainer.models.resonate.dlra import AdaptedLinear
 from pylon_trainer.sampling import generate
 
 TEXT = "def grüße():\n    return 🎉"
@@ -112,6 +113,19 @@ def test_a_failed_export_leaves_nothing(failing: str, monkeypatch: pytest.Monkey
     assert fsspec.filesystem("memory").find(f"/exports/{failing}") == []
 
 
+@pytest.mark.parametrize("base", ["Zero", "Seed", "Dense"])
+def test_adapted_layers_are_multiplied_out_with_the_ranks_in_use(tmp_path: Path, base: str) -> None:
+    model = resonate_of(adaptation={"base": base, "rank": 2, "maximum_rank": 8})
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, AdaptedLinear):
+                layer.outward.weight.normal_(std=0.2)  # ranks that are not in use yet too
+    ids_BT = torch.randint(0, 257, (2, 19))
+    torch.testing.assert_close(
+        exported(model, tmp_path)(ids_BT).logits, model.head(model(ids_BT)), rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("own", "problem"),
     [
@@ -121,7 +135,7 @@ def test_a_failed_export_leaves_nothing(failing: str, monkeypatch: pytest.Monkey
         ({"activation": "Binlop"}, "model.resonate.activation Silu, not Binlop"),
         ({"control": {"vector_size": 8}}, "model.resonate.control unset"),
         ({"stability": {}}, "model.resonate.stability unset"),
-        ({"adaptation": {"rank": 2, "maximum_rank": 2}}, "model.resonate.adaptation unset"),
+        ({"adaptation": {"maximum_rank": 8, "codebook": {}}}, "model.resonate.adaptation.codebook unset"),
     ],
 )
 def test_a_model_that_no_form_can_hold_is_refused_and_leaves_nothing(

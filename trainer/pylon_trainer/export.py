@@ -2,7 +2,7 @@
 `LlamaForCausalLM`, Resonate as `GraniteMoeHybridForCausalLM` without experts.
 
 The tables below are the whole translation: our blocks compute what theirs do, with the same weights. What those forms
-cannot hold is refused, with factorised embeddings as the exception: they are multiplied out.
+cannot hold is refused; factorised embeddings and adapted layers are multiplied out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from pylon_trainer.checkpoint.storage import Storage
 from pylon_trainer.data.tokenizer import Tokenizer
 from pylon_trainer.errors import ConfigError
 from pylon_trainer.models import Decoder, Transformer
+from pylon_trainer.models.decoder import Block
+from pylon_trainer.models.resonate.adaptation import AdaptedBlock
+from pylon_trainer.models.resonate.dlra import AdaptedLinear
 from pylon_trainer.models.resonate.model import Kind, kind_of
 from pylon_trainer.models.transformer import intermediate_size
 
@@ -93,12 +96,19 @@ def weights_of(model: Decoder) -> dict[str, Tensor]:
     mlp = LLAMA_MLP if isinstance(model, Transformer) else HYBRID_MLP
     for number, block in enumerate(model.blocks):
         for theirs, ours in (MIXERS[kind_of(model.spec, number)] | mlp).items():
-            weight = torch.cat([block.get_parameter(name).cpu() for name in ours])
+            weight = torch.cat([_parameter(block, name).cpu() for name in ours])
             # A convolution of theirs has a dimension for channels that it mixes, which here is each by itself.
             weights[f"model.layers.{number}.{theirs}"] = weight.unsqueeze(1) if "conv1d.weight" in theirs else weight
     if not model.spec.tie_embeddings:
         weights["lm_head.weight"] = model.head_weight
     return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+def _parameter(block: Block, name: str) -> Tensor:
+    layer = block.get_submodule(name.rpartition(".")[0])
+    if isinstance(block, AdaptedBlock) and isinstance(layer, AdaptedLinear):
+        return layer.product(block.adaptation.ranks.active_R)
+    return block.get_parameter(name)
 
 
 def config_of(model: Decoder, tokenizer: Tokenizer, sequence_length: int) -> dict[str, Any]:
