@@ -279,6 +279,26 @@ class ModelSpec(Spec):
         """What is adapted, if anything is."""
         return None if self.resonate is None else self.resonate.adaptation
 
+    @property
+    def export_problem(self) -> str | None:
+        """Why it has no form in Hugging Face's files, in one line for people; None: it has one."""
+        own = self.resonate or ResonateSpec()
+        for field, value, needed in (
+            ("longConvolutionEvery", own.long_convolution_every, 0),
+            ("groups", own.groups, 1),  # transformers up to 5.17 norms all of them together
+            ("activation", own.activation, Activation.SILU),
+            ("control", own.control, None),
+            ("stability", own.stability, None),
+            ("adaptation.codebook", own.adaptation and own.adaptation.codebook, None),
+        ):
+            if value != needed:
+                rest = "unset" if needed is None else f"{needed}, not {value}"
+                return (
+                    f"export.format HuggingFace needs model.resonate.{field} {rest}: transformers has no form for it; "
+                    f"or set Disabled and use the checkpoint"
+                )
+        return None
+
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
         if self.hidden_size % (2 * self.heads):
@@ -925,8 +945,8 @@ class ExportSpec(Spec):
     """What is left when training has ended."""
 
     format: ExportFormat = ExportFormat.OFF
-    """HuggingFace: safetensors and config.json that LlamaForCausalLM loads, with the tokenizer; needs architecture
-    Transformer. Disabled: nothing."""
+    """HuggingFace: safetensors and config.json with the tokenizer, for LlamaForCausalLM, or of Resonate for
+    GraniteMoeHybridForCausalLM, which has its scans and attention but not all of model.resonate. Disabled: nothing."""
     uri: Uri | None = None
     """Directory, any fsspec URI. Unset: `export` under the job's checkpoint directory."""
 
@@ -1005,9 +1025,13 @@ class TrainingSpec(Spec):
                 "optimizer Sophia needs consensus.codec Exact and localSteps 1: it sums its looks at the curvature so",
             ),
             rule(
-                "!has(self.export) || self.export.format == 'Disabled' || !has(self.model)"
-                " || self.model.architecture == 'Transformer'",
-                "export.format HuggingFace needs model.architecture Transformer: the format has no form for Resonate",
+                "!has(self.export) || self.export.format == 'Disabled' || !has(self.model) || !has(self.model.resonate)"
+                " || (self.model.resonate.longConvolutionEvery == 0 && self.model.resonate.groups == 1"
+                " && self.model.resonate.activation == 'Silu' && !has(self.model.resonate.control)"
+                " && !has(self.model.resonate.stability) && (!has(self.model.resonate.adaptation)"
+                " || !has(self.model.resonate.adaptation.codebook)))",
+                "export.format HuggingFace needs model.resonate.longConvolutionEvery 0, groups 1, activation Silu, and "
+                "control, stability and adaptation.codebook unset: transformers has no form for others",
             ),
             rule(
                 "!has(self.optimizer) || !has(self.optimizer.lookahead) || !has(self.consensus)"
@@ -1062,12 +1086,8 @@ class TrainingSpec(Spec):
 
     @model_validator(mode="after")
     def _export_has_a_form(self) -> Self:
-        architecture = self.model.architecture
-        if self.export.format is not ExportFormat.OFF and architecture is not Architecture.TRANSFORMER:
-            raise ValueError(
-                f"export.format HuggingFace needs model.architecture Transformer, not {architecture}: "
-                f"the format has no form for it; set Disabled and use the checkpoint"
-            )
+        if self.export.format is not ExportFormat.OFF and (problem := self.model.export_problem):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

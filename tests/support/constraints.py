@@ -248,6 +248,7 @@ CONSENSUS = "spec.training.consensus"
 OPTIMIZER = f"{TRAINING}.optimizer"
 GATING = f"{TRAINING}.gating"
 FALLING = {"ratioControl": "Fixed", "tokenRatio": 0.5, "finalTokenRatio": 0.25, "decaySteps": 100}
+EXPORT = {"format": "HuggingFace"}
 NAME = "metadata.name"
 RESTORE = f"{TRAINING}.checkpoint.restoreFrom"
 CHECKPOINT = "step-000000000500-attempt-000001-0a1b2c3d"
@@ -374,10 +375,30 @@ RULE_CASES = [
         {f"{TRAINING}.model.architecture": "Resonate", ADAPTATION: {"base": "Dense"}, RESTORE: REMOVED},
         "needs checkpoint.restoreFrom",
     ),
+    *(
+        Case(
+            f"an export with {', '.join(own) or 'nothing of its own'}",
+            {f"{TRAINING}.model": {"architecture": "Resonate", "resonate": own}, f"{TRAINING}.export": EXPORT},
+            problem,
+        )
+        for own, problem in [
+            ({}, None),
+            ({"attentionEvery": 0, "headWidth": 32, "adaptation": {}}, None),
+            *(
+                (own, "export.format HuggingFace needs model.resonate")
+                for own in (
+                    {"longConvolutionEvery": 2},
+                    {"groups": 2},
+                    {"activation": "Gelu"},
+                    {"control": {}},
+                    {"stability": {}},
+                    {"adaptation": {"codebook": {}}},
+                )
+            ),
+        ]
+    ),
     Case(
-        "an export that has no form",
-        {f"{TRAINING}.model": {"architecture": "Resonate"}, f"{TRAINING}.export": {"format": "HuggingFace"}},
-        "needs model.architecture Transformer",
+        "an export of Resonate as it is", {f"{TRAINING}.model.architecture": "Resonate", f"{TRAINING}.export": EXPORT}
     ),
     Case("bytes", {TOKENIZER: {"kind": "Bytes"}}),
     Case("bytes with a uri", {TOKENIZER: {"kind": "Bytes", "uri": "t.json"}}, "uri goes with kind File"),
@@ -402,10 +423,10 @@ RULE_CASES = [
     Case("tokens", {f"{TRAINING}.schedule": {"tokens": 1}}),
     Case("steps and tokens", {f"{TRAINING}.schedule": {"steps": 1, "tokens": 1}}, "exactly one of steps and tokens"),
     Case("neither steps nor tokens", {f"{TRAINING}.schedule": {}}, "exactly one of steps and tokens"),
-    Case("export below the checkpoints", {f"{TRAINING}.export": {"format": "HuggingFace"}}),
+    Case("export below the checkpoints", {f"{TRAINING}.export": EXPORT}),
     Case(
         "export nowhere",
-        {f"{TRAINING}.export": {"format": "HuggingFace"}, f"{TRAINING}.checkpoint": REMOVED},
+        {f"{TRAINING}.export": EXPORT, f"{TRAINING}.checkpoint": REMOVED},
         "export needs export.uri or checkpoint.uri",
     ),
     Case(

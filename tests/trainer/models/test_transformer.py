@@ -10,7 +10,7 @@ from torch import Tensor
 from pylon_api.training import ModelSpec
 from pylon_trainer.data.tokenizer import ByteTokenizer
 from pylon_trainer.errors import ConfigError
-from pylon_trainer.export import BLOCK_NAMES, llama_config, llama_weights
+from pylon_trainer.export import ATTENTION, LLAMA_MLP, config_of, weights_of
 from pylon_trainer.models import Transformer, build_model
 
 VOCABULARY = 97
@@ -25,9 +25,9 @@ def model_of(**fields: object) -> Transformer:
 
 def llama_of(model: Transformer) -> transformers.LlamaForCausalLM:
     """transformers' Llama with the same weights."""
-    config = transformers.LlamaConfig(**llama_config(model, ByteTokenizer(), 64))
+    config = transformers.LlamaConfig(**config_of(model, ByteTokenizer(), 64))
     llama = transformers.LlamaForCausalLM(config)
-    missing = llama.load_state_dict(llama_weights(model), strict=False)
+    missing = llama.load_state_dict(weights_of(model), strict=False)
     assert missing.unexpected_keys == []
     llama.tie_weights()
     return llama
@@ -95,8 +95,8 @@ def parameter_pairs(
         pairs.append((llama.lm_head.weight, model.output.weight))
     for block, layer in zip(model.blocks, llama.model.layers, strict=True):
         pairs += [
-            (layer.get_parameter(f"{theirs}.weight"), block.get_parameter(f"{ours}.weight"))
-            for ours, theirs in BLOCK_NAMES.items()
+            (layer.get_parameter(theirs), block.get_parameter(ours))
+            for theirs, (ours,) in (ATTENTION | LLAMA_MLP).items()
         ]
     return pairs
 

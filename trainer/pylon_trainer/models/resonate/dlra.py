@@ -59,6 +59,11 @@ class AdaptedLinear(nn.Module):
         y = context.linear(self.outward, low * scale.to(low.dtype))
         return y if self.weight is None else y + context.linear(cast("Linear", self), x)
 
+    def product(self, scale_R: Tensor) -> Tensor:
+        """The one matrix, O x I, that computes the same where scales are these for every token."""
+        low_rank_OI = (self.outward.weight * scale_R) @ self.inward.weight
+        return low_rank_OI if self.weight is None else self.weight + low_rank_OI
+
 
 _KNOWN = tuple(field.name for field in fields(Context))
 """What every context knows, whatever else it does."""
