@@ -190,7 +190,7 @@ def ablations(rows: Rows) -> list[dict[str, str]]:
     for device in dict.fromkeys(row["device"] for row in rows):
         same = [row for row in rows if row["device"] == device and row["task"] == "text"]
         own_rows = [row for row in same if row["architecture"] == "resonate" and row["ablation"]]
-        for name in dict.fromkeys(map(name_of, own_rows)):
+        for name in sorted({name_of(row) for row in own_rows}):
             own = next(row for row in own_rows if name_of(row) == name)
             found = {budget: difference(same, name, "resonate", budget) for budget in ("tokens", "seconds")}
             losses = {

@@ -65,10 +65,18 @@ def _are_comparable(own: Row, other: Row) -> bool:
 
 
 def step_time(rows: Iterable[Row], variant: str, rival: str) -> float | None:
-    """Of a variant, as a multiple of the rival's. None: one of them has no such row."""
-    timed = [row for row in rows if row["budget"] == SPEED]
-    times = {name_of(row): row["seconds"] / row["tokens"] for row in timed}
-    return times[variant] / times[rival] if variant in times and rival in times else None
+    """Of a variant, as a multiple of the rival's, in runs to time it or else in those of equal tokens. None: no runs of
+    both."""
+    for budget in (SPEED, "tokens"):
+        timed = [row for row in rows if row["budget"] == budget]
+        own, other = ([row for row in timed if name_of(row) == name] for name in (variant, rival))
+        if own and other:
+            return _token_s(own) / _token_s(other)
+    return None
+
+
+def _token_s(rows: Sequence[Row]) -> float:
+    return float(sum(row["seconds"] for row in rows) / sum(row["tokens"] for row in rows))
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:

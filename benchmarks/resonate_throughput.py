@@ -3,12 +3,13 @@
     python benchmarks/resonate_throughput.py [--quick] [--architecture resonate] [--tokens 8192] [--recompute Blocks]
 
 A step is forward, backward, clipping and AdamW over the same number of tokens, whatever the length of a sequence.
-Blocks are compiled, attention is the fastest that torch has, weights are float32 and products bfloat16 on CUDA; on CPUs
-models are small and float32. `recompute` is `training.recompute`, the same for all: with Mixers every architecture
-holds what autograd holds, but for what lies between the two projections of a mixer and the scores of attention; with
-Blocks nobody holds more than the input of each block. Activations are the peak of a step over what is there between
-steps. Ratios are to the rows of the same length and recompute; `activations_to_transformer_mixers` is to the
-Transformer that recomputes nothing else. A kind that fails is named, and the exit status is 1.
+`resonate` never attends; `resonate + attention` does so in one block of eight, as it is by default. Blocks are
+compiled, attention is the fastest that torch has, weights are float32 and products bfloat16 on CUDA; on CPUs models are
+small and float32. `recompute` is `training.recompute`, the same for all: with Mixers every architecture holds what
+autograd holds, but for what lies between the two projections of a mixer and the scores of attention; with Blocks nobody
+holds more than the input of each block. Activations are the peak of a step over what is there between steps. Ratios are
+to the rows of the same length and recompute; `activations_to_transformer_mixers` is to the Transformer that recomputes
+nothing else. A kind that fails is named, and the exit status is 1.
 """
 
 from __future__ import annotations

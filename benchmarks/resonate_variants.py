@@ -79,13 +79,13 @@ VARIANTS = {
         Variant("mamba2"),
         Variant("resonate"),
         Variant("resonate", "attention", {"attention_every": 8}),
-        Variant("resonate", "long convolution", {"long_convolution_every": 8}),
+        Variant("resonate", "long convolution", {"long_convolution_every": 4}),
         Variant("resonate", "Binlop", {"activation": "Binlop"}),
         Variant("resonate", "Gelu", {"activation": "Gelu"}),
         Variant("resonate", "Relu", {"activation": "Relu"}),
         Variant("resonate", "low rank, no base", _adapted(base="Zero")),
         Variant("resonate", "low rank, seeded base", _adapted(base="Seed")),
-        Variant("resonate", "rank 8, seeded base", _adapted(base="Seed", rank=8)),
+        Variant("resonate", "low rank 8, seeded base", _adapted(base="Seed", rank=8)),
         *(
             Variant(
                 "resonate", f"low rank, seeded base, codebook{ending}", _adapted(base="Seed", codebook=_kept(top_k))

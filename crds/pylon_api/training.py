@@ -191,13 +191,13 @@ class ResonateSpec(Spec):
     """Tokens that a scan or a long convolution in PyTorch takes at a time as one product of matrices. It changes speed
     and memory, not results; the scan's Triton kernels choose for themselves."""
     attention_every: int = Field(default=8, ge=0, le=1024)
-    """Of so many blocks, or of all where there are fewer, the middle one attends instead of scanning: 8 makes it
-    blocks 5, 13, 21, ..., in a model of 6 blocks the fourth. That restores exact recall at a cost that grows with the
-    sequence. 1 makes all blocks so, 0 none."""
+    """One block of every so many attends instead of scanning, the middle one: with 8 blocks 5, 13, 21, ... A model of
+    fewer has one, in its middle. That restores exact recall at a cost that grows with the sequence. 1 makes all blocks
+    so, 0 none."""
     long_convolution_every: int = Field(default=0, ge=0, le=1024)
-    """Of so many blocks, or of all where there are fewer, the middle one convolves over the whole past with a learnt
-    filter that does not depend on the tokens, instead of scanning; where attentionEvery falls on the same block, it
-    attends. 1 makes all blocks so, 0 none."""
+    """One block of every so many, the last one, convolves over the whole past with a learnt filter that does not depend
+    on the tokens, instead of scanning, and of attending where attentionEvery falls on the same. A model of fewer has
+    one, its last. 1 makes all blocks so, 0 none."""
     activation: Activation = Activation.SILU
     """Of the gate in every MLP. Binlop: straight lines with two knees, odd and invertible, whose knees and slopes each
     layer learns; of magnitude at least binlopMinimumSlope everywhere, so it never saturates."""

@@ -45,7 +45,7 @@ RESONATE: dict[str, Any] = {
         "stateSize": 8,
         "headWidth": 16,
         "chunkTokens": 4,
-        "longConvolutionEvery": 3,
+        "longConvolutionEvery": 4,
         "attentionEvery": 4,
         "control": {"vectorSize": 8},
         "stability": {},

@@ -165,7 +165,7 @@ def test_a_run_trains_evaluates_saves_samples_and_exports(
 def test_resonate_trains_with_every_gate(
     gating: dict[str, Any], activation: str, tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    own = {**SIZES, "attentionEvery": 4, "longConvolutionEvery": 3, "activation": activation}
+    own = {**SIZES, "attentionEvery": 4, "longConvolutionEvery": 4, "activation": activation}
     fixed = {"strategy": "GradientNorm", "ratioControl": "Fixed", "tokenRatio": 0.5} | gating
     exit_code, pod = run_pod(
         tmp_path,

@@ -72,7 +72,7 @@ def export_hugging_face(model: Decoder, tokenizer: Tokenizer, uri: str, *, seque
     it wrote. Raises ConfigError or StorageError.
     """
     if problem := model.spec.export_problem:
-        raise ConfigError(problem)
+        raise ConfigError(f"training.{problem}")
     files = {
         "model.safetensors": safetensors.torch.save(weights_of(model), metadata={"format": "pt"}),
         "tokenizer.json": tokenizer.to_json().encode(),
@@ -90,6 +90,7 @@ def export_hugging_face(model: Decoder, tokenizer: Tokenizer, uri: str, *, seque
         raise
 
 
+@torch.no_grad()
 def weights_of(model: Decoder) -> dict[str, Tensor]:
     """Every weight on the CPU under transformers' name; a tied head has none of its own."""
     weights = {"model.embed_tokens.weight": model.embedding_weight, "model.norm.weight": model.norm.weight}
@@ -101,7 +102,7 @@ def weights_of(model: Decoder) -> dict[str, Tensor]:
             weights[f"model.layers.{number}.{theirs}"] = weight.unsqueeze(1) if "conv1d.weight" in theirs else weight
     if not model.spec.tie_embeddings:
         weights["lm_head.weight"] = model.head_weight
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    return {name: weight.cpu().contiguous() for name, weight in weights.items()}
 
 
 def _parameter(block: Block, name: str) -> Tensor:

@@ -65,9 +65,9 @@ def test_a_ladder_of_ratios_compiles_once(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SinglePass-Dense-Recompute", "TwoPass-Truncated-Recompute"])
 def test_mixers_compile_once_as_well(name: str) -> None:
-    own = {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "activation": "Binlop"}
-    resonate = RESONATE | {"resonate": own}
-    model, batch, backend = model_of(layers=BLOCKS, **resonate), batch_of(isolated=True), Counting()
+    own = {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "attentionEvery": 0, "activation": "Binlop"}
+    resonate = RESONATE | {"layers": BLOCKS, "resonate": own}
+    model, batch, backend = model_of(**resonate), batch_of(isolated=True), Counting()
     compiled, eager = (engine_of(name, model, backend=chosen) for chosen in (backend, None))
     for rows in RATIOS[1:3]:
         chosen = list(range(39))[:: 39 // rows][:rows]

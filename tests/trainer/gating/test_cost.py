@@ -43,7 +43,7 @@ def counted_flops(spec: ModelSpec, gating: GatingSpec) -> int:
 
 RESONATE: dict[str, Any] = {
     "architecture": "Resonate",
-    "resonate": {"stateSize": 16, "headWidth": 32, "chunkTokens": 8, "longConvolutionEvery": 3, "attentionEvery": 4},
+    "resonate": {"stateSize": 16, "headWidth": 32, "chunkTokens": 8, "longConvolutionEvery": 4, "attentionEvery": 4},
 }
 
 

@@ -43,7 +43,7 @@ RANKS = {"rank": 2, "maximumRank": 8, "growEverySteps": 10}
 def model_of(adaptation: dict[str, Any] | None, seed: int = 0) -> Resonate:
     """A tiny model with every kind of block."""
     torch.manual_seed(seed)
-    own = {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 3, "attentionEvery": 4}
+    own = {"stateSize": 8, "headWidth": 16, "chunkTokens": 4, "longConvolutionEvery": 4, "attentionEvery": 4}
     if adaptation is not None:
         own |= {"adaptation": RANKS | adaptation}
     spec = {"architecture": "Resonate", "layers": 4, "hiddenSize": 48, "heads": 4, "initializerStd": 0.15}

@@ -15,16 +15,16 @@ from pylon_api.training import Architecture, ModelSpec, ResonateSpec
 from pylon_trainer.models import Decoder, Resonate, build_model
 from pylon_trainer.models.resonate import scan
 from pylon_trainer.models.resonate.cache import Cache
-from pylon_trainer.models.resonate.model import Kind, kind_of
+from pylon_trainer.models.resonate.model import kind_of
 
 VOCABULARY = 97
 KINDS: dict[str, dict[str, Any]] = {
     "scan": {"attentionEvery": 0},
     "long convolution": {"attentionEvery": 0, "longConvolutionEvery": 1},
     "attention": {"attentionEvery": 1},
-    "all three": {"longConvolutionEvery": 3, "attentionEvery": 4},
+    "all three": {"longConvolutionEvery": 4, "attentionEvery": 4},
     "groups": {"attentionEvery": 0, "groups": 2},
-    "ports": {"longConvolutionEvery": 3, "attentionEvery": 4, "control": {"vectorSize": 8}, "stability": {}},
+    "ports": {"longConvolutionEvery": 4, "attentionEvery": 4, "control": {"vectorSize": 8}, "stability": {}},
 }
 every_kind = pytest.mark.parametrize("own", KINDS.values(), ids=KINDS.keys())
 
@@ -148,13 +148,27 @@ def test_bfloat16_is_close_to_float32(own: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "every", "attending"),
-    [(1, 8, [0]), (2, 8, [1]), (7, 8, [3]), (12, 8, [4]), (24, 8, [4, 12, 20]), (4, 1, [0, 1, 2, 3]), (6, 0, [])],
+    ("attention_every", "long_convolution_every", "kinds"),
+    [
+        (8, 0, "A"),
+        (8, 0, "SA"),
+        (8, 0, "SSSASSS"),
+        (8, 0, "SSSSASSSSSSS"),
+        (8, 0, "SSSSASSSSSSSASSSSSSSASSS"),
+        (1, 0, "AAAA"),
+        (0, 0, "SSSS"),
+        (8, 8, "SSASL"),
+        (8, 4, "SSSLASSLSSSL"),
+        (4, 3, "SSLSSL"),
+        (8, 1, "LLLLLL"),
+    ],
 )
-def test_the_middle_block_of_every_so_many_attends(layers: int, every: int, attending: list[int]) -> None:
-    own = ResonateSpec(attention_every=every)
-    spec = ModelSpec(architecture=Architecture.RESONATE, layers=layers, resonate=own)
-    assert [number for number in range(layers) if kind_of(spec, number) is Kind.ATTENTION] == attending
+def test_the_middle_block_of_every_so_many_attends_and_the_last_convolves(
+    attention_every: int, long_convolution_every: int, kinds: str
+) -> None:
+    own = ResonateSpec(attention_every=attention_every, long_convolution_every=long_convolution_every)
+    spec = ModelSpec(architecture=Architecture.RESONATE, layers=len(kinds), resonate=own)
+    assert "".join(kind_of(spec, number).name[0] for number in range(len(kinds))) == kinds
 
 
 def test_residual_projections_shrink_with_depth() -> None:

@@ -2,7 +2,7 @@
 token stays the same however long the sequence grows.
 
 A block is a mixer and a gated MLP, each on a normed copy and added to the residual stream. Most mixers are Mamba-2
-scans; a share of the blocks attends instead (exact recall), and may convolve with a fixed long filter.
+scans; a share of the blocks attends instead (exact recall), another may convolve with a fixed long filter.
 
 Shapes: B sequences, T tokens, D hidden width.
 """
@@ -153,14 +153,9 @@ def kind_of(spec: ModelSpec, number: int) -> Kind:
     if spec.architecture is Architecture.TRANSFORMER:
         return Kind.ATTENTION
     own = spec.resonate or ResonateSpec()
-    if _is_middle(number, own.attention_every, spec.layers):
-        return Kind.ATTENTION
-    if _is_middle(number, own.long_convolution_every, spec.layers):
+    attending, convolving = (min(every, spec.layers) for every in (own.attention_every, own.long_convolution_every))
+    if convolving and number % convolving == convolving - 1:
         return Kind.LONG_CONVOLUTION
+    if attending and number % attending == attending // 2:
+        return Kind.ATTENTION
     return Kind.SCAN
-
-
-def _is_middle(number: int, every: int, layers: int) -> bool:
-    """Of its group of so many blocks; the last group may be cut off before its own."""
-    group = min(every, layers)
-    return group > 0 and number % group == group // 2
