@@ -41,6 +41,12 @@ def recipe_name(row: Row) -> str:
     return name if architecture == "transformer" else f"{name}, {architecture.title()}"
 
 
+def above_exact(runs: Iterable[Row]) -> float | None:
+    """Mean loss above the exact sum's, as a share of it, over those that an exact run can be held against."""
+    held = [row for row in runs if row["above_exact"] is not None]
+    return mean(held, "above_exact") if held else None
+
+
 def mean(rows: Iterable[Row], field: str) -> float:
     """Of runs of a recipe."""
     return float(statistics.mean(row[field] for row in rows))

@@ -7,12 +7,11 @@ python benchmarks/consensus_table.py --write    # puts them between the marks in
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from consensus_projection import RANKS, project
-from consensus_recipes import Row, by_recipe, grouped, mean, recipe_name
+from consensus_recipes import Row, above_exact, by_recipe, grouped, mean, recipe_name
 from measure import RESULTS, read_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "consensus.md"
@@ -50,7 +49,7 @@ def build_tables(rows: Sequence[Row]) -> str:
 def _runs_table(rows: Sequence[Row]) -> str:
     lines = []
     for own in by_recipe(rows):
-        above = [row["above_exact"] for row in own if row["above_exact"] is not None]
+        above = above_exact(own)
         lines.append(
             [
                 recipe_name(own[0]),
@@ -59,7 +58,7 @@ def _runs_table(rows: Sequence[Row]) -> str:
                 f"{mean(own, 'bytes_per_step_peak') / 1e6:.3g}",
                 f"{mean(own, 'below_bf16_ddp'):.3g}x",
                 f"{mean(own, 'loss'):.4f}",
-                f"{100 * statistics.mean(above):+.2f} %" if any(above) else "",
+                f"{100 * above:+.2f} %" if above else "",
                 str(len(own)),
                 f"{100 * mean(own, 'communication_fraction'):.2f} %",
             ]

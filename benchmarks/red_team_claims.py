@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from consensus_recipes import by_recipe, mean, recipe_name
+from consensus_recipes import above_exact, by_recipe, mean, recipe_name
 from red_team_measures import (
     BELOW,
     BYTES,
     Measure,
-    Row,
     Rows,
     least_speed_to,
     loss_to,
@@ -215,15 +214,9 @@ def recipes(rows: Rows) -> list[dict[str, str]]:
             "bytes a step": f"{mean(runs, 'bytes_per_step_mean'):,.0f}",
             "at most": f"{max(row['bytes_per_step_peak'] for row in runs):,.0f}",
             "below bf16": f"{mean(runs, 'below_bf16_ddp'):.1f}x",
-            "above exact": _above_exact(runs),
+            "above exact": "" if (above := above_exact(runs)) is None else f"{above:+.2%}",
             "of step time": f"{mean(runs, 'communication_fraction'):.1%}",
             "seeds": str(len({row["seed"] for row in runs})),
         }
         for runs in ordered
     ]
-
-
-def _above_exact(runs: Sequence[Row]) -> str:
-    """Over those that an exact run can be held against."""
-    held = [row for row in runs if row["above_exact"] is not None]
-    return f"{mean(held, 'above_exact'):+.2%}" if held else ""

@@ -64,11 +64,6 @@ def _adapted(**fields: Any) -> dict[str, Any]:
     return {"adaptation": {"rank": 32, "grow_every_steps": 0} | fields}
 
 
-def _kept(top_k: int) -> dict[str, int]:
-    """A codebook none of whose atoms is revived."""
-    return {"top_k": top_k, "revive_every_steps": 0}
-
-
 MUON_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 VARIANTS = {
@@ -88,7 +83,9 @@ VARIANTS = {
         Variant("resonate", "low rank 8, seeded base", _adapted(base="Seed", rank=8)),
         *(
             Variant(
-                "resonate", f"low rank, seeded base, codebook{ending}", _adapted(base="Seed", codebook=_kept(top_k))
+                "resonate",
+                f"low rank, seeded base, codebook{ending}",
+                _adapted(base="Seed", codebook={"top_k": top_k, "revive_every_steps": 0}),
             )
             for top_k, ending in ((4, ""), (1, " with top 1"), (16, " with top 16"))
         ),

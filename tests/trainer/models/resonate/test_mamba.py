@@ -7,18 +7,14 @@ import torch
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 
 from pylon_api.training import ModelSpec
+from pylon_trainer.export import SCAN
 from pylon_trainer.models.context import Context
 from pylon_trainer.models.resonate.mamba import Mamba
 
 NAMES = {
-    "input.weight": "in_proj.weight",
-    "convolution.weight": "conv1d.weight",
-    "convolution.bias": "conv1d.bias",
-    "log_poles": "A_log",
-    "step_bias": "dt_bias",
-    "skip": "D",
-    "norm_weight": "norm.weight",
-    "output.weight": "out_proj.weight",
+    ours.removeprefix("mixer."): theirs.removeprefix("mamba.")
+    for theirs, (ours,) in SCAN.items()
+    if ours.startswith("mixer.")
 }
 """Our name of each parameter, and theirs."""
 
